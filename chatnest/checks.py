@@ -1,0 +1,102 @@
+"""System checks: settings that cannot be right, and settings that weaken the protection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from django.conf import settings as django_settings
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.db import DatabaseError, connections
+
+from . import tokens
+from .conf import NAMES, complaint, settings
+from .limits import FIELDS, clamp, hard_caps, is_cap
+from .models import Profile
+
+
+@register()
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    typed = getattr(django_settings, "CHATNEST", {})
+    if not isinstance(typed, dict):
+        return [Error("CHATNEST must be a dict.", id="chatnest.E001")]
+    unknown = [
+        Error(f"CHATNEST[{name!r}] is not a setting.", hint=f"Known are {', '.join(sorted(NAMES))}.", id="chatnest.E002")
+        for name in typed
+        if name not in NAMES
+    ]
+    wrong = [
+        Error(problem, id="chatnest.E003")
+        for name, value in typed.items()
+        if name in NAMES and (problem := complaint(name, value))
+    ]
+    return [*unknown, *wrong] or [*_check_caps(), *_check_protection()]
+
+
+def _check_caps() -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    for name, cap in settings.HARD_CAPS.items():
+        if name not in FIELDS:
+            messages.append(
+                Error(f"HARD_CAPS[{name!r}] is not a limit.", hint=f"Known are {', '.join(FIELDS)}.", id="chatnest.E004")
+            )
+        elif not is_cap(name, cap):
+            messages.append(Error(f"HARD_CAPS[{name!r}] must be a number, 0 or more, not {cap!r}.", id="chatnest.E005"))
+    if not hard_caps().can_answer():
+        messages.append(
+            Warning(
+                "HARD_CAPS let a request hold no more than the longest answer alone.",
+                hint="Raise max_tokens_per_request above max_output_tokens.",
+                id="chatnest.W001",
+            )
+        )
+    return messages
+
+
+def _check_protection() -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    if not settings.OPENAI_API_KEY and settings.OPENAI_BASE_URL.startswith("https://api.openai.com"):
+        messages.append(
+            Warning("CHATNEST has no OPENAI_API_KEY: OpenAI will refuse every chat.", id="chatnest.W002")
+        )
+    if tokens.toktok is None:
+        messages.append(
+            Warning(
+                "toktok is not installed: prompts are bounded by their bytes, about four times their tokens.",
+                hint="pip install toktok-rs, where there is a wheel for this platform.",
+                id="chatnest.W003",
+            )
+        )
+    if settings.LEASE_SECONDS < 3 * settings.HEARTBEAT_SECONDS / 5:
+        messages.append(
+            Warning(
+                "LEASE_SECONDS is short: a busy process may lose the lease of a stream that is alive.",
+                hint="30 is the default.",
+                id="chatnest.W004",
+            )
+        )
+    return messages
+
+
+@register(Tags.database)
+def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
+    """Profiles that could never answer. Runs where databases may be read: ``check --database`` and ``migrate``."""
+    alias = settings.DATABASE_ALIAS
+    if alias not in (databases or ()):
+        return []
+    try:
+        if Profile._meta.db_table not in connections[alias].introspection.table_names():
+            return []
+        profiles = list(Profile.objects.using(alias).filter(enabled=True))
+    except DatabaseError:
+        return []  # not migrated yet, or away: other checks say so
+    return [
+        Warning(
+            f"Profile {profile.name!r} could never answer: its longest answer leaves a request no room for a prompt.",
+            hint="Lower max_output_tokens or raise max_tokens_per_request, and HARD_CAPS if they clamp it.",
+            obj=profile,
+            id="chatnest.W005",
+        )
+        for profile in profiles
+        if not clamp(profile.limits, hard_caps()).can_answer()
+    ]

@@ -1,0 +1,138 @@
+"""The settings: one dict, ``CHATNEST``, read at every use, so that ``override_settings`` works.
+
+>>> from chatnest.conf import settings
+>>> settings.SITE_DAILY_TOKEN_LIMIT
+500000
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import tzinfo
+from typing import Any, Final, Literal
+from zoneinfo import ZoneInfo
+
+from django.conf import settings as django_settings
+from django.core.exceptions import ImproperlyConfigured
+from django.utils import timezone
+from django.utils.module_loading import import_string
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every key of ``CHATNEST`` with its default. Times are seconds, limits are tokens unless named."""
+
+    HARD_CAPS: Mapping[str, float] = field(default_factory=dict)
+    SITE_DAILY_TOKEN_LIMIT: int = 500_000
+    ALLOW_ANONYMOUS: bool = False
+    PAYER: str | Callable[..., Any] | None = None
+    TRUSTED_PROXIES: int = 0
+    TIME_ZONE: str | None = None
+    OPENAI_API_KEY: str = ""
+    OPENAI_BASE_URL: str = "https://api.openai.com/v1"
+    HEARTBEAT_SECONDS: float = 15
+    MAX_STREAM_SECONDS: float = 300
+    FIRST_TOKEN_SECONDS: float = 60
+    GAP_SECONDS: float = 30
+    MAX_STREAMS_PER_PROCESS: int = 2000
+    MAX_BODY_BYTES: int = 1024 * 1024
+    ON_DISCONNECT: Literal["abort", "drain"] = "abort"
+    MIN_OUTPUT_TOKENS: int = 64
+    DATABASE_ALIAS: str = "default"
+    LEASE_SECONDS: float = 30
+    UPSTREAM_MAX_RETRIES: int = 2
+    CLIENT_SYSTEM_MESSAGES: bool = False
+    MAX_TOKENS_PARAMETER: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.isupper():
+            return object.__getattribute__(self, name)
+        typed: Mapping[str, Any] = getattr(django_settings, "CHATNEST", {})
+        if name not in typed:
+            return object.__getattribute__(self, name)
+        if problem := complaint(name, typed[name]):
+            # A wrong limit must never mean no limit: nothing is served until it is mended.
+            raise ImproperlyConfigured(problem)
+        return typed[name]
+
+
+settings: Final = Settings()
+NAMES: Final = frozenset(f.name for f in fields(Settings))
+
+_COUNTS = {"SITE_DAILY_TOKEN_LIMIT", "TRUSTED_PROXIES", "UPSTREAM_MAX_RETRIES"}
+_POSITIVE_COUNTS = {"MAX_STREAMS_PER_PROCESS", "MAX_BODY_BYTES", "MIN_OUTPUT_TOKENS"}
+_SECONDS = {
+    "HEARTBEAT_SECONDS",
+    "MAX_STREAM_SECONDS",
+    "FIRST_TOKEN_SECONDS",
+    "GAP_SECONDS",
+    "LEASE_SECONDS",
+}
+_FLAGS = {"ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES"}
+_TEXTS = {"OPENAI_API_KEY", "OPENAI_BASE_URL", "DATABASE_ALIAS"}
+_CHOICES = {
+    "ON_DISCONNECT": ("abort", "drain"),
+    "MAX_TOKENS_PARAMETER": ("max_tokens", "max_completion_tokens"),
+}
+
+
+def complaint(name: str, value: object) -> str | None:
+    """What is wrong with ``CHATNEST[name] = value``, or None."""
+    must = _must_be(name, value)
+    return must and f"CHATNEST[{name!r}] must be {must}, not {_shown(name, value)}."
+
+
+def _shown(name: str, value: object) -> str:
+    return "what it is" if name == "OPENAI_API_KEY" else repr(value)
+
+
+def _must_be(name: str, value: object) -> str | None:
+    if name in _COUNTS and not (is_whole(value) and value >= 0):
+        return "a whole number, 0 or more"
+    if name in _POSITIVE_COUNTS and not (is_whole(value) and value >= 1):
+        return "a whole number, 1 or more"
+    if name in _SECONDS and not (is_number(value) and value > 0):
+        return "a number of seconds above 0"
+    if name in _FLAGS and not isinstance(value, bool):
+        return "True or False"
+    if name in _TEXTS and not isinstance(value, str):
+        return "a string"
+    if name in _CHOICES and value not in _CHOICES[name]:
+        return " or ".join(map(repr, _CHOICES[name]))
+    if name == "PAYER" and not (value is None or isinstance(value, str) or callable(value)):
+        return "a callable, its dotted path, or None"
+    if name == "TIME_ZONE" and not (value is None or _is_zone(value)):
+        return "the name of a time zone, or None"
+    if name == "HARD_CAPS" and not isinstance(value, Mapping):
+        return "a dict of limits"
+    return None
+
+
+def is_whole(value: object) -> Any:
+    """True for an int that is not a bool (Python calls True an int)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> Any:
+    """True for a finite int or float: NaN compares false with every limit, so it is no number here."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_zone(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(ZoneInfo(value))
+    except (ValueError, OSError):
+        return False
+
+
+def time_zone() -> tzinfo:
+    """The zone whose midnight ends a budget's day."""
+    return ZoneInfo(settings.TIME_ZONE) if settings.TIME_ZONE else timezone.get_default_timezone()
+
+
+def payer_callable() -> Callable[..., Any] | None:
+    """``CHATNEST["PAYER"]``, imported if it is a dotted path."""
+    payer = settings.PAYER
+    return import_string(payer) if isinstance(payer, str) else payer

@@ -1,0 +1,124 @@
+"""Everything a client may be told when it gets no answer: a code, a status, a sentence of our own.
+
+The provider's words, keys and addresses are for the log. Wires turn these into their own format.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ChatError(Exception):
+    """A refusal, or the end of a stream that did not complete.
+
+    ``retry_after`` is in whole seconds; None where waiting does not help.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    message: str = "AI request failed"
+
+    def __init__(self, message: str | None = None, *, retry_after: float | None = None) -> None:
+        self.message = message or type(self).message
+        self.retry_after = None if retry_after is None else max(1, -int(-retry_after // 1))
+        super().__init__(self.message)
+
+
+class InternalError(ChatError):
+    retryable = True
+
+
+class InvalidMessages(ChatError):
+    code, status, message = "invalid_messages", 400, "Invalid messages payload"
+
+
+class InvalidRequest(ChatError):
+    code, status, message = "invalid_request", 400, "Invalid request"
+
+
+class NotAuthenticated(ChatError):
+    code, status, message = "not_authenticated", 401, "Please log in to use the chat."
+
+
+class Forbidden(ChatError):
+    code, status, message = "forbidden", 403, "You may not use the chat."
+
+
+class MethodNotAllowed(ChatError):
+    code, status, message = "method_not_allowed", 405, "This address does not take that method."
+
+
+class BodyTooLarge(ChatError):
+    code, status, message = "body_too_large", 413, "The request body is too large."
+
+
+class UnsupportedMediaType(ChatError):
+    code, status = "unsupported_media_type", 415
+    message = "Send the request as Content-Type: application/json."
+
+
+class RateLimited(ChatError):
+    code, status, retryable = "rate_limited", 429, True
+    message = "Rate limit exceeded. Please slow down."
+
+
+class RequestTooLarge(ChatError):
+    code, status = "request_too_large", 429
+    message = "Request too large. Please shorten your message."
+
+
+class DailyBudgetExceeded(ChatError):
+    code, status = "daily_budget_exceeded", 429
+    message = "Daily AI budget exceeded. Try again tomorrow."
+
+
+class TooManyStreams(ChatError):
+    code, status, retryable = "too_many_streams", 429, True
+    message = "Too many answers are being written for you at once. Let one finish first."
+
+
+class Paused(ChatError):
+    code, status, retryable = "paused", 503, True
+    message = "The chat is paused by its operator. Please try again later."
+
+
+class LedgerUnavailable(ChatError):
+    code, status, retryable = "ledger_unavailable", 503, True
+    message = "The chat cannot check its budget right now. Please try again shortly."
+
+
+class Overloaded(ChatError):
+    code, status, retryable = "overloaded", 503, True
+    message = "The chat is very busy right now. Please try again shortly."
+
+
+class UpstreamError(ChatError):
+    """The model's provider failed. ``billed``: it may have charged for the prompt all the same."""
+
+    billed: ClassVar[bool] = False
+
+
+class UpstreamTimeout(UpstreamError):
+    code, status, retryable, billed = "upstream_timeout", 504, True, True
+    message = "The AI model took too long to answer. Please try again."
+
+
+class UpstreamRateLimited(UpstreamError):
+    code, status, retryable = "upstream_rate_limited", 503, True
+    message = "The AI model is busy right now. Please try again shortly."
+
+
+class UpstreamUnavailable(UpstreamError):
+    code, status, retryable = "upstream_unavailable", 502, True
+    message = "The AI model cannot be reached right now. Please try again shortly."
+
+
+class UpstreamRejected(UpstreamError):
+    code, status = "upstream_rejected", 502
+    message = "The AI model did not accept this request."
+
+
+class UpstreamBroken(UpstreamError):
+    code, status, retryable, billed = "upstream_broken", 502, True, True
+    message = "The AI model's answer broke off. Please try again."

@@ -1,0 +1,326 @@
+"""The ledger: reserve before the upstream is called, settle when it ends. The only writer of what is spent.
+
+Synchronous: ``apply`` decides many operations in one transaction. Two phases, as card payments and TigerBeetle
+do it (https://docs.tigerbeetle.com/coding/two-phase-transfers). At every commit, for each account and day:
+
+    tokens_reserved = the sum of open reservations
+    tokens_used     = the sum of charges + the sum of adjustments
+    tokens_used + tokens_reserved <= the limit that the last reservation was admitted under,
+
+but where a provider used more than it was allowed: all of it is charged, and the budget closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from uuid import UUID
+
+from django.db import DatabaseError, transaction
+from django.utils import timezone
+
+from .book import Book
+from .book import today as today  # the ledger's day is its users' too
+from .conf import settings, time_zone
+from .errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
+from .limits import rate_wait
+from .models import Account, DailyUsage, Reservation
+
+State, Outcome, UsageSource = Reservation.State, Reservation.Outcome, Reservation.UsageSource
+
+
+class CommitUnknown(DatabaseError):
+    """The connection was lost at COMMIT. Asking again is safe: the ids tell what was done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Hold the prompt and an answer of up to ``max_output_tokens`` in every budget, or in none.
+
+    ``budgets``: each account's daily limit, the payer's first. Answered with a Hold, or with RateLimited,
+    TooManyStreams or DailyBudgetExceeded.
+    """
+
+    id: UUID
+    budgets: Mapping[str, int]
+    profile: str
+    model: str
+    prompt_tokens: int
+    max_output_tokens: int
+    min_output_tokens: int
+    rate_max_requests: int
+    rate_window_seconds: int
+    max_concurrent_streams: int
+
+    @property
+    def payer(self) -> str:
+        return next(iter(self.budgets))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """A committed reservation. ``output_tokens`` is the answer's allowance, to be sent to the provider."""
+
+    id: UUID
+    day: date
+    budgets: Mapping[str, int]
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """What became of a hold. Answered with the tokens that are left of the payer's day.
+
+    ``total_tokens`` is charged whole, above the hold too. Settling again changes nothing.
+    """
+
+    hold: Hold
+    outcome: Reservation.Outcome
+    source: Reservation.UsageSource = UsageSource.NONE
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """An operator ends a reservation: its stream ends, and the hold is charged until that says what it used.
+
+    Answered with True if it was open.
+    """
+
+    id: UUID
+    day: date
+    accounts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset:
+    """Forgive what an account has used of a day; open reservations stay. Answered with the tokens forgiven."""
+
+    day: date
+    account: str
+    reason: str
+    actor: str = ""
+
+
+Operation = Reserve | Settle | Stop | Reset
+Answer = Hold | int | ChatError
+
+
+def day_ends(day: date) -> datetime:
+    """The instant at which the budget of ``day`` is renewed."""
+    return datetime.combine(day + timedelta(days=1), time(), time_zone()).astimezone(UTC)
+
+
+def apply(operations: Sequence[Operation]) -> list[Answer]:
+    """Decide ``operations`` in turn, in one transaction, and charge overdue leases. Refusals are answers.
+
+    Raises what the database raises, CommitUnknown where the outcome is not known; else nothing was decided.
+    """
+    decided = False
+    try:
+        with transaction.atomic(using=settings.DATABASE_ALIAS):
+            book = open_book(operations)
+            expire(book, spare={operation.hold.id for operation in operations if isinstance(operation, Settle)})
+            answers = [decide(book, operation) for operation in operations]
+            book.write()
+            decided = True
+    except DatabaseError as error:
+        if decided:
+            raise CommitUnknown(*error.args) from error
+        raise
+    return answers
+
+
+def renew(ids: Sequence[UUID]) -> tuple[set[UUID], set[str]]:
+    """Extend these leases. Returns the ids whose stream must stop, and the accounts that are paused.
+
+    An expired lease does not stop its stream: the full hold is charged, and a late settlement corrects it.
+    """
+    alias = settings.DATABASE_ALIAS
+    held = Reservation.objects.using(alias).filter(id__in=ids)
+    until = timezone.now() + timedelta(seconds=settings.LEASE_SECONDS)
+    stopped: set[UUID] = set()
+    if ids and held.open().update(expires_at=until) < len(ids):
+        stopped = set(ids) - set(held.exclude(state=State.SETTLED).values_list("id", flat=True))
+    return stopped, set(Account.objects.using(alias).filter(paused=True).values_list("name", flat=True))
+
+
+def standing(budgets: Mapping[str, int]) -> tuple[int, int, int]:
+    """What the payer (the first) has used and reserved today, and what the tightest budget leaves. A plain read."""
+    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS).named((today(), account) for account in budgets)
+    usage = {row.account: row for row in rows}
+    payer = usage.get(next(iter(budgets)), DailyUsage())
+    committed = {name: row.tokens_used + row.tokens_reserved for name, row in usage.items()}
+    remaining = min(limit - committed.get(account, 0) for account, limit in budgets.items())
+    return payer.tokens_used, payer.tokens_reserved, max(0, remaining)
+
+
+def open_book(operations: Sequence[Operation]) -> Book:
+    reserves = [ask for ask in operations if isinstance(ask, Reserve)]
+    settles = [ask for ask in operations if isinstance(ask, Settle)]
+    stops = [ask for ask in operations if isinstance(ask, Stop)]
+    resets = [ask for ask in operations if isinstance(ask, Reset)]
+    return Book(
+        accounts=[account for ask in reserves for account in ask.budgets],
+        keys=[
+            *((ask.hold.day, account) for ask in settles for account in ask.hold.budgets),
+            *((ask.day, account) for ask in stops for account in ask.accounts),
+            *((ask.day, ask.account) for ask in resets),
+        ],
+        ids=[*(ask.id for ask in reserves), *(ask.hold.id for ask in settles), *(ask.id for ask in stops)],
+        rates=[(ask.payer, ask.rate_window_seconds) for ask in reserves],
+    )
+
+
+def expire(book: Book, spare: set[UUID]) -> None:
+    """Charge overdue leases in full, but for those that are being settled, however late."""
+    for row in book.overdue:
+        if row.id not in spare:
+            _resolve(book, row, State.EXPIRED, Outcome.EXPIRED, UsageSource.HELD, row.tokens)
+
+
+def decide(book: Book, operation: Operation) -> Answer:
+    try:
+        match operation:
+            case Reserve():
+                return _reserve(book, operation)
+            case Settle():
+                return _settle(book, operation)
+            case Stop():
+                return _stop(book, operation)
+            case Reset():
+                return _reset(book, operation)
+    except ChatError as refusal:
+        return refusal
+
+
+def _reserve(book: Book, ask: Reserve) -> Hold:
+    row = book.reservations.get(ask.id)
+    if row is None:
+        _admit(book, ask)
+        row = _hold_tokens(book, ask, ask.prompt_tokens + _fit(book, ask))
+    elif row.state != State.OPEN:
+        raise InternalError()  # resolved already: its upstream must not be called again
+    return Hold(
+        id=row.id,
+        day=row.day,
+        budgets=ask.budgets,
+        model=ask.model,
+        prompt_tokens=ask.prompt_tokens,
+        output_tokens=row.tokens - ask.prompt_tokens,
+        remaining=_remaining(book, row.day, ask.budgets),
+    )
+
+
+def _admit(book: Book, ask: Reserve) -> None:
+    wait = rate_wait(ask.rate_max_requests, *book.rate(ask.payer, ask.rate_window_seconds))
+    if wait > 0:
+        raise RateLimited(retry_after=wait * ask.rate_window_seconds)
+    if book.streams(ask.payer) >= ask.max_concurrent_streams:
+        raise TooManyStreams(retry_after=5)
+
+
+def _fit(book: Book, ask: Reserve) -> int:
+    """The answer's allowance: what was asked, or what the tightest budget has left if that is enough."""
+    room = min(limit - book.committed(book.today, account) for account, limit in ask.budgets.items())
+    output = min(ask.max_output_tokens, room - ask.prompt_tokens)
+    if output < min(ask.min_output_tokens, ask.max_output_tokens):
+        raise DailyBudgetExceeded(retry_after=(day_ends(book.today) - book.now).total_seconds())
+    return output
+
+
+def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Reservation:
+    row = Reservation(
+        id=ask.id,
+        day=book.today,
+        payer=ask.payer,
+        accounts=list(ask.budgets),
+        profile=ask.profile,
+        model=ask.model,
+        tokens=tokens,
+        created_at=book.now,
+        expires_at=book.now + timedelta(seconds=settings.LEASE_SECONDS),
+    )
+    book.insert(row)
+    book.count_request(ask.payer, ask.rate_window_seconds)
+    for account in ask.budgets:
+        book.post(book.today, account, tokens_reserved=tokens, requests=1)
+    return row
+
+
+def _remaining(book: Book, day: date, budgets: Mapping[str, int]) -> int:
+    return max(0, min(limit - book.committed(day, account) for account, limit in budgets.items()))
+
+
+def _settle(book: Book, ask: Settle) -> int:
+    row = book.reservations.get(ask.hold.id)
+    if row is None:
+        _settle_without_row(book, ask)
+    elif row.state == State.OPEN:
+        _resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens)
+        _record(book, row, ask)
+    elif row.usage_source == UsageSource.HELD:
+        _settle_late(book, row, ask)
+    return _remaining(book, ask.hold.day, ask.hold.budgets)
+
+
+def _settle_late(book: Book, row: Reservation, ask: Settle) -> None:
+    """The hold is charged already: correct it beside the charge, once, for its source is no longer held."""
+    row.usage_source = ask.source
+    _record(book, row, ask)
+    for account in row.accounts:
+        book.adjust(row.day, account, ask.total_tokens - row.tokens_charged, reason=f"settled late: {row.id}")
+
+
+def _settle_without_row(book: Book, ask: Settle) -> None:
+    """Never committed, so never dispatched; or somebody deleted the row, and what it used still counts."""
+    for account in ask.hold.budgets:
+        book.adjust(
+            ask.hold.day, account, ask.total_tokens, reason=f"its reservation was deleted: {ask.hold.id}"
+        )
+
+
+def _record(book: Book, row: Reservation, ask: Settle) -> None:
+    row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
+    book.change(row)
+    for account in row.accounts:
+        book.post(
+            row.day, account, prompt_tokens=ask.prompt_tokens, completion_tokens=ask.completion_tokens
+        )
+
+
+def _stop(book: Book, ask: Stop) -> bool:
+    row = book.reservations.get(ask.id)
+    if row is None or row.state != State.OPEN:
+        return False
+    _resolve(book, row, State.SETTLED, Outcome.STOPPED, UsageSource.HELD, row.tokens)
+    return True
+
+
+def _resolve(
+    book: Book,
+    row: Reservation,
+    state: Reservation.State,
+    outcome: Reservation.Outcome,
+    source: Reservation.UsageSource,
+    charge: int,
+) -> None:
+    """The one way out of open."""
+    row.state, row.outcome, row.usage_source = state, outcome, source
+    row.tokens_charged, row.settled_at = charge, book.now
+    book.resolve(row)
+    for account in row.accounts:
+        book.post(row.day, account, tokens_reserved=-row.tokens, tokens_used=charge)
+
+
+def _reset(book: Book, ask: Reset) -> int:
+    used = book.used(ask.day, ask.account)
+    book.adjust(ask.day, ask.account, -used, reason=ask.reason, actor=ask.actor)
+    return used
+

@@ -1,0 +1,272 @@
+"""The rows: what operators set (Profile, Account) and what the ledger alone writes (all the others).
+
+An account is a name that usage is charged to: ``site``, ``user:<pk>``, ``ip:<address>``, ``key:<id>``.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from datetime import date, datetime
+from typing import ClassVar, Final, Self
+
+from django.core.exceptions import ValidationError
+from django.core.validators import MinValueValidator, RegexValidator
+from django.db import models
+from django.db.models import F, Q
+from django.utils.translation import gettext_lazy as _
+
+from .limits import FIELDS, Limits
+
+ACCOUNT_LENGTH: Final = 200
+DEFAULT_MODEL: Final = "gpt-4o-mini"
+
+
+class Profile(models.Model):
+    """A set of limits that operators edit. What is in force is this, clamped by the code's hard caps."""
+
+    name = models.CharField(
+        max_length=50,
+        unique=True,
+        validators=[RegexValidator(r"^[a-z0-9_-]+\Z", _("Use lower-case letters, digits, - and _."))],
+        help_text=_("Clients choose constrained, balanced or expanded; other names serve accounts that force them."),
+    )
+    enabled = models.BooleanField(
+        default=True,
+        help_text=_("Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."),
+    )
+    model = models.CharField(max_length=100, default=DEFAULT_MODEL)
+    system_prompt = models.TextField(
+        blank=True, help_text=_("Put before every conversation and counted in its tokens.")
+    )
+    temperature = models.FloatField(
+        null=True, blank=True, validators=[MinValueValidator(0.0)], help_text=_("Empty: not sent to the model.")
+    )
+    max_output_tokens = models.PositiveIntegerField(
+        validators=[MinValueValidator(1)], help_text=_("The longest answer.")
+    )
+    max_messages = models.PositiveIntegerField(
+        validators=[MinValueValidator(1)], help_text=_("How many of the last messages the model sees.")
+    )
+    max_tokens_per_request = models.PositiveIntegerField(
+        validators=[MinValueValidator(1)], help_text=_("Prompt and answer together; must be above the longest answer.")
+    )
+    daily_token_limit = models.PositiveBigIntegerField(help_text=_("For each payer, each day."))
+    rate_max_requests = models.PositiveIntegerField(help_text=_("Requests of one payer in a rate window."))
+    rate_window_seconds = models.PositiveIntegerField(validators=[MinValueValidator(1)])
+    max_concurrent_streams = models.PositiveIntegerField(help_text=_("Answers being written for one payer at once."))
+
+    class Meta:
+        ordering: ClassVar = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def limits(self) -> Limits:
+        """What was typed, before the clamp."""
+        return Limits(**{name: getattr(self, name) for name in FIELDS})
+
+    def clean(self) -> None:
+        output, request = self.max_output_tokens, self.max_tokens_per_request
+        if output is not None and request is not None and output >= request:
+            raise ValidationError(
+                {
+                    "max_output_tokens": _(
+                        "This profile could never answer: the longest answer must be below the tokens per request (%d)."
+                    )
+                    % request
+                }
+            )
+
+
+class Account(models.Model):
+    """What an operator decided about one account. Accounts need no row; most have none."""
+
+    name = models.CharField(
+        max_length=ACCOUNT_LENGTH,
+        unique=True,
+        validators=[RegexValidator(r"^[\x21-\x7e]+\Z", _("Use printable ASCII without spaces."))],
+        help_text=_("site, user:<pk>, ip:<address> or key:<id>. Pausing site stops every chat."),
+    )
+    profile = models.ForeignKey(
+        Profile, null=True, blank=True, on_delete=models.PROTECT, help_text=_("Used whatever the client asks for.")
+    )
+    daily_token_limit = models.PositiveBigIntegerField(
+        null=True, blank=True, help_text=_("Only ever lowers the profile's limit (or the site's).")
+    )
+    paused = models.BooleanField(default=False)
+
+    class Meta:
+        ordering: ClassVar = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class DailyUsageQuerySet(models.QuerySet["DailyUsage"]):
+    def on(self, day: date) -> Self:
+        return self.filter(day=day)
+
+    def named(self, keys: Iterable[tuple[date, str]]) -> Self:
+        """The rows of these (day, account) pairs."""
+        accounts_of: dict[date, list[str]] = {}
+        for day, account in keys:
+            accounts_of.setdefault(day, []).append(account)
+        chosen = Q(pk__in=())
+        for day, accounts in accounts_of.items():
+            chosen |= Q(day=day, account__in=accounts)
+        return self.filter(chosen)
+
+
+class DailyUsage(models.Model):
+    """One account's tokens on one day. ``tokens_used`` = charges + adjustments."""
+
+    day = models.DateField()
+    account = models.CharField(max_length=ACCOUNT_LENGTH)
+    tokens_used = models.BigIntegerField(default=0)
+    tokens_reserved = models.BigIntegerField(default=0)
+    prompt_tokens = models.BigIntegerField(default=0)
+    completion_tokens = models.BigIntegerField(default=0)
+    requests = models.BigIntegerField(default=0)
+
+    objects = DailyUsageQuerySet.as_manager()
+
+    class Meta:
+        verbose_name_plural = "daily usage"
+        ordering: ClassVar = ["-day", "account"]
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["day", "account"], name="chatnest_one_usage_a_day"),
+            models.CheckConstraint(
+                condition=Q(
+                    tokens_used__gte=0,
+                    tokens_reserved__gte=0,
+                    prompt_tokens__gte=0,
+                    completion_tokens__gte=0,
+                    requests__gte=0,
+                ),
+                name="chatnest_usage_not_negative",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.account} on {self.day}"
+
+
+class RateWindow(models.Model):
+    """How many requests of an account were admitted in one window, which starts at a multiple of its length."""
+
+    day = models.DateField()
+    account = models.CharField(max_length=ACCOUNT_LENGTH)
+    window_start = models.DateTimeField()
+    window_seconds = models.PositiveIntegerField()
+    count = models.PositiveIntegerField(default=0)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                # The day is in the key because the day's usage row is the lock that guards the count.
+                fields=["account", "window_start", "window_seconds", "day"],
+                name="chatnest_one_count_a_window",
+            ),
+            models.CheckConstraint(condition=Q(window_seconds__gte=1), name="chatnest_window_has_length"),
+        ]
+        indexes: ClassVar = [models.Index(fields=["day"], name="chatnest_window_day")]
+
+    def __str__(self) -> str:
+        return f"{self.account} from {self.window_start:%H:%M:%S}"
+
+
+class ReservationQuerySet(models.QuerySet["Reservation"]):
+    def open(self) -> Self:
+        return self.filter(state=Reservation.State.OPEN)
+
+    def overdue(self, now: datetime) -> Self:
+        """Open, but its process has stopped renewing it."""
+        return self.open().filter(expires_at__lte=now)
+
+
+class Reservation(models.Model):
+    """A hold on the tokens of one request, and what became of it. It resolves once."""
+
+    class State(models.TextChoices):
+        OPEN = "open"
+        SETTLED = "settled"
+        EXPIRED = "expired"
+
+    class Outcome(models.TextChoices):
+        COMPLETED = "completed"
+        CANCELLED = "cancelled"
+        TIMED_OUT = "timed_out"
+        UPSTREAM_ERROR = "upstream_error"
+        STOPPED = "stopped"
+        EXPIRED = "expired"
+
+    class UsageSource(models.TextChoices):
+        REPORTED = "reported"
+        COUNTED = "counted"
+        HELD = "held"
+        NONE = "none"
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    day = models.DateField()
+    payer = models.CharField(max_length=ACCOUNT_LENGTH)
+    accounts: models.JSONField[list[str], list[str]] = models.JSONField(
+        help_text=_("Every account that is charged, the payer first.")
+    )
+    profile = models.CharField(max_length=50)
+    model = models.CharField(max_length=100)
+    tokens = models.PositiveBigIntegerField(help_text=_("The hold: the prompt's bound and the answer's allowance."))
+    state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN)
+    outcome = models.CharField(max_length=20, choices=Outcome.choices, blank=True, default="")
+    usage_source = models.CharField(max_length=10, choices=UsageSource.choices, default=UsageSource.NONE)
+    prompt_tokens = models.PositiveBigIntegerField(default=0)
+    completion_tokens = models.PositiveBigIntegerField(default=0)
+    tokens_charged = models.PositiveBigIntegerField(default=0)
+    created_at = models.DateTimeField()
+    expires_at = models.DateTimeField()
+    settled_at = models.DateTimeField(null=True, blank=True)
+
+    objects = ReservationQuerySet.as_manager()
+
+    class Meta:
+        ordering: ClassVar = ["-created_at"]
+        constraints: ClassVar = [
+            models.CheckConstraint(condition=Q(state__in=["open", "settled", "expired"]), name="chatnest_known_state"),
+            models.CheckConstraint(
+                condition=Q(state="open", settled_at=None, tokens_charged=0, outcome="")
+                | (~Q(state="open") & Q(settled_at__isnull=False) & ~Q(outcome="")),
+                name="chatnest_resolved_once",
+            ),
+            models.CheckConstraint(condition=Q(expires_at__gte=F("created_at")), name="chatnest_lease_has_length"),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["expires_at"], condition=Q(state="open"), name="chatnest_open_lease"),
+            models.Index(fields=["payer"], condition=Q(state="open"), name="chatnest_open_payer"),
+            models.Index(fields=["day", "payer"], name="chatnest_reservation_day"),
+            models.Index(fields=["-created_at"], name="chatnest_reservation_latest"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.pk)
+
+    def is_overdue(self, now: datetime) -> bool:
+        return self.state == self.State.OPEN and self.expires_at <= now
+
+
+class Adjustment(models.Model):
+    """A correction of one account's day, beside the charges: a reset, or a settlement that came late."""
+
+    day = models.DateField()
+    account = models.CharField(max_length=ACCOUNT_LENGTH)
+    tokens = models.BigIntegerField()
+    reason = models.CharField(max_length=200)
+    actor = models.CharField(max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself."))
+    created_at = models.DateTimeField()
+
+    class Meta:
+        ordering: ClassVar = ["-created_at"]
+        indexes: ClassVar = [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")]
+
+    def __str__(self) -> str:
+        return f"{self.tokens:+} for {self.account} on {self.day}"

@@ -1,0 +1,87 @@
+"""What operators decided, as one frozen reading of the Profile and Account rows.
+
+Each process reads it anew at most every two seconds, and only when a request needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from .accounts import SITE
+from .conf import settings
+from .errors import Paused
+from .limits import DEFAULT_PROFILES, FIELDS, Limits, Tightening, clamp, hard_caps, tighten
+from .models import DEFAULT_MODEL, Account, Profile
+
+FRESH_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What one request gets: limits in force, and each account's daily limit, the payer's first."""
+
+    profile: str
+    model: str
+    system_prompt: str
+    limits: Limits
+    budgets: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """All profiles by name, and the accounts that have a row."""
+
+    profiles: Mapping[str, Profile]
+    accounts: Mapping[str, Account]
+
+    @classmethod
+    def read(cls) -> Policy:
+        alias = settings.DATABASE_ALIAS
+        profiles = {row.name: row for row in Profile.objects.using(alias)}
+        for name, limits in DEFAULT_PROFILES.items():
+            profiles.setdefault(name, default_profile(name, limits))
+        accounts = Account.objects.using(alias).select_related("profile")
+        return cls(profiles, {row.name: row for row in accounts})
+
+    def terms(self, accounts: Sequence[str], asked: str, request: Tightening | None = None) -> Terms:
+        """The terms for a request of ``accounts`` (the payer first) that asked for a profile. Raises Paused."""
+        rows = [row for name in accounts if (row := self.accounts.get(name))]
+        if any(row.paused for row in rows):
+            raise Paused(retry_after=60)
+        profile = self._profile(self.accounts.get(accounts[0]), asked)
+        limits = clamp(profile.limits, hard_caps())
+        if request:
+            limits = tighten(limits, request)
+        return Terms(
+            profile=profile.name,
+            model=profile.model,
+            system_prompt=profile.system_prompt,
+            limits=limits,
+            budgets={name: self._budget(name, limits, payer=name == accounts[0]) for name in accounts},
+        )
+
+    def _profile(self, payer: Account | None, asked: str) -> Profile:
+        forced = payer.profile if payer else None
+        profile = forced or self.profiles[asked]
+        if not profile.enabled and not forced:
+            profile = self.profiles["balanced"]
+        if not profile.enabled:
+            raise Paused(retry_after=60)
+        return profile
+
+    def _budget(self, account: str, limits: Limits, *, payer: bool) -> int:
+        if account == SITE:
+            limit: int = settings.SITE_DAILY_TOKEN_LIMIT
+        else:
+            # An account that PAYER added (a team's) has no profile of its own: the cap is its limit.
+            limit = limits.daily_token_limit if payer else hard_caps().daily_token_limit
+        row = self.accounts.get(account)
+        return limit if row is None or row.daily_token_limit is None else min(limit, row.daily_token_limit)
+
+
+def default_profile(name: str, limits: Limits) -> Profile:
+    """An unsaved row with the code's defaults, for a profile whose row is missing."""
+    typed = {field: getattr(limits, field) for field in FIELDS}
+    return Profile(name=name, model=DEFAULT_MODEL, **typed)

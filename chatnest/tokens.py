@@ -1,0 +1,70 @@
+"""How many tokens a text can be: the bound a reservation holds, and the count where a provider reports none.
+
+toktok carries its vocabularies in its wheel and gives tiktoken's ids. Where it is absent, or the model's
+encoding is not known, UTF-8 bytes serve: a byte-level BPE never makes more tokens than bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from .wires import Message
+
+try:
+    import toktok
+except ImportError:  # no wheel for this platform; system check chatnest.W003 says so
+    toktok = None
+
+# https://github.com/openai/openai-cookbook/blob/main/examples/How_to_count_tokens_with_tiktoken.ipynb
+TOKENS_PER_MESSAGE: Final = 3
+TOKENS_PER_REPLY: Final = 3
+# OpenAI says that its message format may change with a model's snapshot; the role is one token today.
+MARGIN_PER_MESSAGE: Final = 2
+# "aaaa…" costs the tokenizer time in the square of its length: longer prompts are counted off the loop.
+LONG_PROMPT: Final = 20_000
+
+_ENCODINGS: Final = (
+    ("gpt-oss", "o200k_harmony"),
+    *((prefix, "o200k_base") for prefix in ("gpt-4o", "chatgpt-4o", "gpt-4.1", "gpt-4.5", "gpt-5", "o1", "o3", "o4")),
+    *((prefix, "cl100k_base") for prefix in ("gpt-4", "gpt-3.5")),
+)
+
+
+def encoding_of(model: str) -> str | None:
+    """The name of a model's encoding, or None where it is not known. ``openai/gpt-4o`` counts as ``gpt-4o``."""
+    name = model.rpartition("/")[2].removeprefix("ft:")
+    return next((encoding for prefix, encoding in _ENCODINGS if name.startswith(prefix)), None)
+
+
+def count(texts: Sequence[str], model: str) -> int:
+    """The tokens of ``texts``: exact for a known encoding, else their UTF-8 bytes. Lone surrogates count as U+FFFD."""
+    whole = [text.encode("utf-8", "replace").decode() if not text.isascii() else text for text in texts]
+    encoding = encoding_of(model)
+    if toktok is None or encoding is None:
+        return sum(len(text.encode()) for text in whole)
+    # One thread: waking the pool costs more than counting a chat's few short texts.
+    return sum(toktok.batch_count(whole, encoding, 1))
+
+
+async def prompt_bound(messages: Sequence[Message], model: str) -> int:
+    """No fewer tokens than the provider will count for this prompt."""
+    texts = [message.content for message in messages]
+    if sum(map(len, texts)) > LONG_PROMPT:
+        counted = await asyncio.to_thread(count, texts, model)
+    else:
+        counted = count(texts, model)
+    return counted + (TOKENS_PER_MESSAGE + MARGIN_PER_MESSAGE) * len(texts) + TOKENS_PER_REPLY
+
+
+def answer_count(pieces: Sequence[str], model: str, allowance: int) -> int:
+    """The tokens of an answer whose provider did not say: what was received, counted.
+
+    Bytes are a wild overcount of an answer, so for an unknown encoding the allowance that was sent as
+    ``max_tokens`` bounds them; a provider that passes it shows in its pieces, at least one token each.
+    """
+    counted = count(["".join(pieces)], model)
+    if toktok is None or encoding_of(model) is None:
+        return max(min(counted, allowance), len(pieces))
+    return counted

@@ -1,0 +1,303 @@
+"""The provider: one call of an OpenAI-compatible model, from request to pieces of text and usage.
+
+aiohttp, not the openai package: its reads may be cancelled without loss (a heartbeat interrupts them), its parser
+is C, and closing an unfinished answer closes the socket, which is what stops the model. HTTP/1.1 only: closing an
+HTTP/2 stream does not reach the provider with today's Python clients (https://github.com/encode/httpcore/issues/943).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import email.utils
+import json
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+from urllib.request import getproxies
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import msgspec
+
+from .conf import settings
+from .errors import UpstreamBroken, UpstreamError, UpstreamRateLimited, UpstreamRejected, UpstreamUnavailable
+from .sse import EventDecoder
+from .wires import Message
+
+logger = logging.getLogger("chatnest.upstream")
+
+CONNECT_SECONDS: Final = 10
+LOGGED_BYTES: Final = 1000
+MAX_EVENT_BYTES: Final = 2 * 1024 * 1024
+_TRANSIENT: Final = frozenset({408, 409, 429})
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What the provider says that it charges, in tokens."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """The fields of a chunk that are read; decoding only these costs half a microsecond."""
+
+    choices: list[_Choice] = []
+    usage: Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def request_body(
+    messages: Sequence[Message], *, model: str, temperature: float | None, max_tokens: int
+) -> bytes:
+    """The JSON of a streaming chat completion request."""
+    body: dict[str, object] = {
+        "model": model,
+        "messages": messages,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        settings.MAX_TOKENS_PARAMETER: max_tokens,
+    }
+    if temperature is not None:
+        body["temperature"] = temperature
+    return _encode(body)
+
+
+class Call:
+    """One call of the model: ``open`` it, ``read`` until it returns None, ``close`` it however it ended.
+
+    ``billed`` is True once the provider may have charged for it: a request was sent and not refused.
+    ``usage`` is what it reported; ``pieces`` all the text that came.
+    """
+
+    __slots__ = ("_body", "_carry", "_ended", "_events", "_failure", "_finished", "_response", "billed", "pieces", "usage")
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._events = EventDecoder(limit=MAX_EVENT_BYTES)
+        self._response: aiohttp.ClientResponse | None = None
+        self._finished = False  # the model gave its reason to stop
+        self._ended = False
+        self._failure: UpstreamError | None = None
+        self._carry = ""  # half of a surrogate pair, whose other half the next piece brings
+        self.billed = False
+        self.usage: Usage | None = None
+        self.pieces: list[str] = []
+
+    async def open(self, seconds: float) -> None:
+        """Send the request, again if it fails in a way that may pass. Raises UpstreamError.
+
+        No retry begins later than ``seconds`` from now. There is none after the first byte: it could bill twice.
+        """
+        deadline = time.monotonic() + seconds
+        attempt = 0
+        while True:
+            try:
+                return await self._attempt()
+            except UpstreamError as error:
+                wait = max(0.5 * 2**attempt * random.uniform(0.75, 1.25), error.retry_after or 0)
+                attempt += 1
+                late = time.monotonic() + wait > deadline
+                if late or not error.retryable or attempt > settings.UPSTREAM_MAX_RETRIES:
+                    raise
+            await asyncio.sleep(wait)
+
+    async def _attempt(self) -> None:
+        self.billed = True
+        try:
+            response = await _session().post(
+                settings.OPENAI_BASE_URL.rstrip("/") + "/chat/completions",
+                data=self._body,
+                headers=_headers(),
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+            self.billed = False
+            raise _logged(UpstreamUnavailable(), "cannot be reached: %s", error) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise _logged(UpstreamUnavailable(), "broke the connection off: %r", error) from None
+        if response.status == 200:
+            self._response = response
+            return
+        self.billed = False
+        try:
+            raise await _refusal(response)
+        finally:
+            response.close()
+
+    async def read(self) -> list[str] | None:
+        """The pieces of text that have arrived; None at the end. May be cancelled without loss.
+
+        Raises UpstreamBroken where the answer is cut, unreadable, or ends before the model said that it was done.
+        """
+        assert self._response
+        if self._failure:
+            raise self._failure
+        if self._ended:
+            return None
+        try:
+            received = await self._response.content.readany()
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return self._cut("broke off: %r", error)
+        if not received:
+            return self._cut("ended without a finish reason or [DONE]")
+        pieces: list[str] = []
+        try:
+            self._take(received, pieces)
+        except ValueError as error:  # what came before it is still said
+            self._failure = _logged(UpstreamBroken(), "sent what cannot be read: %s", error)
+        self.pieces += pieces
+        return pieces
+
+    def _cut(self, words: str, *args: object) -> None:
+        """The end of the connection: the end of the answer too if the model had said that it was done."""
+        if not self._finished:
+            raise _logged(UpstreamBroken(), words, *args)
+        self._ended = True
+
+    def _take(self, received: bytes, pieces: list[str]) -> None:
+        for data in self._events.feed(received):
+            lenient = False
+            try:
+                chunk = _decode(data)
+            except msgspec.DecodeError:
+                if data.strip() == b"[DONE]":
+                    self._ended = True
+                    break
+                chunk, lenient = _decode_leniently(data), True
+            if chunk.error is not None:
+                raise ValueError(f"an error: {str(chunk.error)[:LOGGED_BYTES]}")
+            if chunk.usage:
+                self.usage = _sane(chunk.usage) or self.usage
+            for choice in chunk.choices:
+                if choice.finish_reason:
+                    self._finished = True
+                if choice.delta and (text := choice.delta.content):
+                    if lenient or self._carry:
+                        text = self._join_surrogates(text)
+                    if text:
+                        pieces.append(text)
+
+    def _join_surrogates(self, text: str) -> str:
+        text = self._carry + text
+        self._carry = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
+        text = text[: len(text) - len(self._carry)]
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+    def close(self) -> None:
+        """Close the connection, unless the answer was read to its end; then it is kept for another."""
+        if self._response:
+            self._response.close()
+
+
+def _decode_leniently(data: bytes) -> _Chunk:
+    """For what msgspec refuses: half of a surrogate pair, nulls and types that are not OpenAI's. Raises ValueError."""
+    loose = json.loads(data)
+    if not isinstance(loose, dict):
+        raise ValueError("an event that is not an object")
+    chunk = _Chunk(error=loose.get("error"))
+    with suppress(msgspec.ValidationError):
+        chunk.usage = msgspec.convert(loose.get("usage"), Usage | None, strict=False)
+    for choice in loose.get("choices") or ():
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        content = delta.get("content") if isinstance(delta, dict) else None
+        reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+        chunk.choices.append(
+            _Choice(_Delta(content if isinstance(content, str) else None), reason if isinstance(reason, str) else None)
+        )
+    return chunk
+
+
+def _sane(usage: Usage) -> Usage | None:
+    """None for a usage that cannot be true: a provider that reports nothing must not make the model free."""
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    total = usage.total_tokens or prompt + completion
+    return Usage(prompt, completion, total) if min(prompt, completion) >= 0 and total > 0 else None
+
+
+def _headers() -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+    if settings.OPENAI_API_KEY:
+        headers["Authorization"] = f"Bearer {settings.OPENAI_API_KEY}"
+    return headers
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> UpstreamError:
+    """Our own error for a status that is not 200. The provider's words go to the log, and nowhere else."""
+    with suppress(aiohttp.ClientError, OSError, TimeoutError):
+        async with asyncio.timeout(2):
+            said = await response.content.read(LOGGED_BYTES)
+            logger.warning("The provider refused with %d: %s", response.status, said.decode(errors="replace"))
+    if response.status == 429:
+        kind: type[UpstreamError] = UpstreamRateLimited
+    elif response.status in _TRANSIENT or response.status >= 500:
+        kind = UpstreamUnavailable
+    else:
+        kind = UpstreamRejected
+    return kind(retry_after=_retry_after(response.headers))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds: the header is a number of them or a date (RFC 9110, section 10.2.3)."""
+    value = headers.get("Retry-After", "")
+    with suppress(ValueError, TypeError):
+        if value.replace(".", "", 1).isdigit():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+def _logged(error: UpstreamError, words: str, *args: object) -> UpstreamError:
+    logger.warning("The provider " + words, *args)
+    return error
+
+
+_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = WeakKeyDictionary()
+
+
+def _session() -> aiohttp.ClientSession:
+    """This event loop's connections: kept alive, without a limit, for the process's limit on streams is one.
+
+    A pool that is full makes requests wait in silence; the limit on streams refuses them aloud.
+    """
+    loop = asyncio.get_running_loop()
+    session = _sessions.get(loop)
+    if session is None:
+        session = _sessions[loop] = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            proxy=getproxies().get(settings.OPENAI_BASE_URL.partition(":")[0]),
+        )
+    return session
+
+
+async def aclose() -> None:
+    """Close this event loop's connections, for a server that tells of its end (an ASGI lifespan)."""
+    if session := _sessions.pop(asyncio.get_running_loop(), None):
+        await session.close()
+
+
+@atexit.register
+def _close_silently() -> None:
+    # Django has no shutdown hook, and aiohttp complains of what is left open; the sockets end with the process.
+    for session in _sessions.values():
+        session.detach()

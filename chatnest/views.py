@@ -1,0 +1,165 @@
+"""POST -> who pays -> limits -> reserve -> stream."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial, wraps
+
+from django.core.exceptions import RequestDataTooBig
+from django.core.handlers.asgi import ASGIRequest
+from django.db import transaction
+from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
+from django.views.decorators.csrf import csrf_exempt
+
+from . import ledger
+from .accounts import charged
+from .batcher import batcher
+from .conf import settings
+from .errors import BodyTooLarge, ChatError, InternalError, MethodNotAllowed, RequestTooLarge, UnsupportedMediaType
+from .ledger import Hold, Reserve
+from .limits import profile_name
+from .policy import Terms
+from .stream import ChatStream, Place
+from .tokens import prompt_bound
+from .upstream import Call, request_body
+from .wires import ChatRequest, Message, chatnest
+
+logger = logging.getLogger("chatnest.views")
+
+View = Callable[[HttpRequest], Awaitable[HttpResponseBase]]
+
+
+class EventStreamResponse(StreamingHttpResponse):
+    """Streams a ChatStream. No ``Content-Length``, no compression, no proxy buffer: a token is seen at once."""
+
+    def __init__(self, stream: ChatStream) -> None:
+        super().__init__(stream, content_type=chatnest.CONTENT_TYPE)
+        self["Cache-Control"] = "no-cache"
+        self["X-Accel-Buffering"] = "no"
+        # GZipMiddleware would hold frames back; Django 5.2's makes a stream that many clients cannot read.
+        self["Content-Encoding"] = "identity"
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        # Django's own goes through two more generators a frame, and closes neither of them.
+        iterator: AsyncIterator[bytes] = self._iterator  # type: ignore[attr-defined]
+        return iterator
+
+
+def endpoint(*methods: str) -> Callable[[View], View]:
+    """An async view that answers every failure in the chat-nest wire, and none with a stack trace."""
+
+    def decorate(view: View) -> View:
+        @wraps(view)
+        async def answer(request: HttpRequest) -> HttpResponseBase:
+            try:
+                if request.method not in methods:
+                    raise MethodNotAllowed(f"Use {' or '.join(methods)}.")
+                return await view(request)
+            except ChatError as problem:
+                response = chatnest.refusal(problem)
+                if isinstance(problem, MethodNotAllowed):
+                    response["Allow"] = ", ".join(methods)
+                return response
+            except Exception:
+                logger.exception("A chat request failed")
+                return chatnest.refusal(InternalError())
+
+        # Cookies are checked for CSRF in accounts; ATOMIC_REQUESTS would refuse an async view.
+        return csrf_exempt(transaction.non_atomic_requests(answer))
+
+    return decorate
+
+
+@endpoint("POST")
+async def chat(request: HttpRequest) -> HttpResponseBase:
+    """Stream an answer to a conversation."""
+    if not isinstance(request, ASGIRequest):
+        raise RuntimeError("chatnest streams need an ASGI server, such as uvicorn; this is WSGI.")
+    accounts = await charged(request)
+    asked = chatnest.parse(read_body(request))
+    terms = (await batcher.policy()).terms(accounts, asked.profile, asked)
+    place = Place()
+    try:
+        stream = await open_stream(asked, terms, place)
+    except BaseException:
+        place.leave()
+        raise
+    return EventStreamResponse(stream)
+
+
+@endpoint("GET", "HEAD")
+async def usage(request: HttpRequest) -> HttpResponseBase:
+    """The payer's limit, use and remainder today, under ``?profile=`` (balanced by default)."""
+    accounts = await charged(request)
+    terms = (await batcher.policy()).terms(accounts, profile_name(request.GET.get("profile")))
+    used, reserved, remaining = await batcher.query(partial(ledger.standing, terms.budgets))
+    standing = {
+        "profile": terms.profile,
+        "dailyTokenLimit": terms.budgets[accounts[0]],
+        "usedToday": used,
+        "reservedToday": reserved,
+        "remainingToday": remaining,
+        "resetsAt": ledger.day_ends(ledger.today()).isoformat(),
+    }
+    return JsonResponse(standing, headers={"Cache-Control": "no-store"})
+
+
+def read_body(request: HttpRequest) -> bytes:
+    """The body, if it is JSON and not too large. Raises UnsupportedMediaType and BodyTooLarge."""
+    if request.content_type != "application/json":
+        raise UnsupportedMediaType()
+    limit = settings.MAX_BODY_BYTES
+    too_large = BodyTooLarge(f"The request body may have at most {limit} bytes.")
+    declared = request.META.get("CONTENT_LENGTH") or ""
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    try:
+        body = request.body
+    except RequestDataTooBig:
+        raise too_large from None
+    if len(body) > limit:
+        raise too_large
+    return body
+
+
+async def open_stream(asked: ChatRequest, terms: Terms, place: Place) -> ChatStream:
+    """Reserve what the answer may cost, then prepare the call. Raises ChatError."""
+    messages = prompt(asked, terms)
+    hold = await reserve(terms, await prompt_bound(messages, terms.model))
+    body = request_body(
+        messages,
+        model=terms.model,
+        temperature=terms.limits.temperature,
+        max_tokens=hold.output_tokens,
+    )
+    return ChatStream(hold, Call(body), place)
+
+
+def prompt(asked: ChatRequest, terms: Terms) -> list[Message]:
+    """The operator's prompt, then the last messages that the profile lets the model see."""
+    system = [Message("system", terms.system_prompt)] if terms.system_prompt else []
+    kept = terms.limits.max_messages
+    return system + list(asked.messages[-kept:] if kept else ())
+
+
+async def reserve(terms: Terms, prompt_tokens: int) -> Hold:
+    limits = terms.limits
+    if prompt_tokens + limits.max_output_tokens > limits.max_tokens_per_request:
+        raise RequestTooLarge()
+    return await batcher.reserve(
+        Reserve(
+            id=uuid.uuid4(),
+            budgets=terms.budgets,
+            profile=terms.profile,
+            model=terms.model,
+            prompt_tokens=prompt_tokens,
+            max_output_tokens=limits.max_output_tokens,
+            min_output_tokens=settings.MIN_OUTPUT_TOKENS,
+            rate_max_requests=limits.rate_max_requests,
+            rate_window_seconds=limits.rate_window_seconds,
+            max_concurrent_streams=limits.max_concurrent_streams,
+        )
+    )

@@ -1,0 +1,35 @@
+"""One file per wire format: how a request is read, how frames and refusals are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation, as the provider gets it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """What a client asked for, whatever wire it came by. Limits are None where it named none."""
+
+    messages: tuple[Message, ...]
+    profile: str
+    daily_token_limit: int | None = None
+    max_tokens_per_request: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer cost, in tokens; ``remaining`` is what is left of the payer's day."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    remaining: int

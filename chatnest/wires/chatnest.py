@@ -1,0 +1,124 @@
+"""The chat-nest wire: JSON in, named Server-Sent Events out. DESIGN calls it ``POST /api/chat``.
+
+Unchanged from the Node package chat-nest-server 1.1.1, but for the ``usage`` event and the refusals' codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from django.http import HttpResponse
+
+from ..conf import is_whole, settings
+from ..errors import ChatError, InvalidMessages, InvalidRequest
+from ..limits import profile_name
+from . import ChatRequest, Message, Usage
+
+CONTENT_TYPE: Final = "text/event-stream"
+START: Final = b"event: start\ndata: \n\n"
+PING: Final = b"event: ping\ndata: \n\n"
+DONE: Final = b"event: done\ndata: \n\n"
+
+# Histories are sent whole and trimmed here; past this a client is not having a conversation.
+MAX_MESSAGES: Final = 1000
+
+_encode = msgspec.json.Encoder().encode
+
+
+class _Body(msgspec.Struct):
+    # The types are checked below, so that each refusal can say what the field must be.
+    messages: Any = None
+    profile: Any = None
+    aiUsageProfile: Any = None  # noqa: N815 - the wire's name
+    dailyTokenLimit: Any = None  # noqa: N815
+    maxTokensPerRequest: Any = None  # noqa: N815
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+
+
+def parse(body: bytes) -> ChatRequest:
+    """The request in ``body``. Raises InvalidMessages and InvalidRequest."""
+    typed = _json(body)
+    if not isinstance(typed.messages, list):
+        raise InvalidMessages()
+    if not 1 <= len(typed.messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"messages must have 1 to {MAX_MESSAGES} items.")
+    return ChatRequest(
+        messages=tuple(_message(f"messages[{i}]", item) for i, item in enumerate(typed.messages)),
+        profile=profile_name(typed.profile if typed.profile is not None else typed.aiUsageProfile),
+        daily_token_limit=_limit("dailyTokenLimit", typed.dailyTokenLimit),
+        max_tokens_per_request=_limit("maxTokensPerRequest", typed.maxTokensPerRequest),
+    )
+
+
+def _json(body: bytes) -> _Body:
+    try:
+        body.decode()  # msgspec does not look inside the fields that it skips
+        return _decode(body)
+    except msgspec.ValidationError:
+        raise InvalidRequest("The request body must be a JSON object.") from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The request body must be valid JSON in UTF-8, without NaN or Infinity.") from None
+
+
+def _message(where: str, item: object) -> Message:
+    if not isinstance(item, dict):
+        raise InvalidRequest(f"{where} must be an object with role and content.")
+    role, content = item.get("role"), item.get("content")
+    roles = ("user", "assistant", "system") if settings.CLIENT_SYSTEM_MESSAGES else ("user", "assistant")
+    if not isinstance(role, str) or role not in roles:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(roles)}.")
+    if not isinstance(content, str):
+        raise InvalidRequest(f"{where}.content must be a string.")
+    if "\0" in content:
+        raise InvalidRequest(f"{where}.content must not contain the NUL character.")
+    return Message(role=role, content=content)  # type: ignore[arg-type]
+
+
+def _limit(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if not is_whole(value) or not 0 < value < 2**63:  # type: ignore[operator]
+        raise InvalidRequest(f"{name} must be a whole number from 1 to {2**63 - 1}.")
+    return value  # type: ignore[return-value]
+
+
+def tokens(pieces: list[str]) -> bytes:
+    """One ``token`` frame a piece, ready for one write."""
+    return b"".join([b"event: token\ndata: %b\n\n" % _encode(piece) for piece in pieces])
+
+
+def done(usage: Usage) -> bytes:
+    """The ``usage`` frame and the ``done`` frame."""
+    data = {
+        "promptTokens": usage.prompt_tokens,
+        "completionTokens": usage.completion_tokens,
+        "totalTokens": usage.total_tokens,
+        "remainingToday": usage.remaining,
+    }
+    return b"event: usage\ndata: %b\n\n" % _encode(data) + DONE
+
+
+def error(problem: ChatError) -> bytes:
+    """The ``error`` frame that ends a stream without ``done``."""
+    return b"event: error\ndata: %b\n\n" % _encode(_problem("message", problem))
+
+
+def refusal(problem: ChatError) -> HttpResponse:
+    """The JSON answer to a request that gets no stream."""
+    response = HttpResponse(
+        _encode(_problem("error", problem)), content_type="application/json", status=problem.status
+    )
+    response["Cache-Control"] = "no-store"
+    if problem.retry_after is not None:
+        response["Retry-After"] = str(problem.retry_after)
+    return response
+
+
+def _problem(key: str, problem: ChatError) -> dict[str, object]:
+    said: dict[str, object] = {key: problem.message, "code": problem.code, "retryable": problem.retryable}
+    if problem.retry_after is not None:
+        said["retryAfter"] = problem.retry_after
+    return said

@@ -1,0 +1,14 @@
+"""The site as an ASGI application: ``uvicorn project.asgi:application``."""
+
+from __future__ import annotations
+
+import os
+
+from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
+
+# Static files too, whatever DEBUG says: the demo has no web server before it to serve them.
+# A site that has one lets it answer at STATIC_URL, and loses nothing here.
+application = ASGIStaticFilesHandler(get_asgi_application())
