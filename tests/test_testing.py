@@ -324,6 +324,19 @@ def test_leaving_a_held_reply_is_seen_at_once(upstream: FakeUpstream, point: int
     upstream.wait_for(lambda: upstream.open_connections == 0)
 
 
+def test_leaving_a_gate_leaves_it_closed_for_the_others(upstream: FakeUpstream) -> None:
+    upstream.replies(Reply("Hello", gate_after=1))
+    leaver, stayer = start(upstream), start(upstream)
+    upstream.wait_for_pieces(2)
+
+    leaver.close()
+    upstream.wait_for_disconnect()
+    upstream.release()
+
+    with closing(stayer):
+        read_until(stayer, b"[DONE]")
+
+
 def test_leaving_a_paused_reply_is_seen_at_once(upstream: FakeUpstream) -> None:
     upstream.replies(Reply("Hello", " world", pause=3600))
     client = start(upstream)
