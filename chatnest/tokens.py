@@ -59,12 +59,12 @@ async def prompt_bound(messages: Sequence[Message], model: str) -> int:
 
 
 def answer_count(pieces: Sequence[str], model: str, allowance: int) -> int:
-    """The tokens of an answer whose provider did not say: what was received, counted.
+    """The tokens of an answer whose provider did not say: what was received, counted; at least one a piece.
 
     Bytes are a wild overcount of an answer, so for an unknown encoding the allowance that was sent as
-    ``max_tokens`` bounds them; a provider that passes it shows in its pieces, at least one token each.
+    ``max_tokens`` bounds them.
     """
     counted = count(["".join(pieces)], model)
     if toktok is None or encoding_of(model) is None:
-        return max(min(counted, allowance), len(pieces))
-    return counted
+        counted = min(counted, allowance)
+    return max(counted, len(pieces))

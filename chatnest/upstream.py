@@ -8,17 +8,15 @@ HTTP/2 stream does not reach the provider with today's Python clients (https://g
 from __future__ import annotations
 
 import asyncio
-import atexit
 import email.utils
 import json
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from urllib.request import getproxies
-from weakref import WeakKeyDictionary
 
 import aiohttp
 import msgspec
@@ -123,7 +121,8 @@ class Call:
     async def _attempt(self) -> None:
         self.billed = True
         try:
-            response = await _session().post(
+            session = await _session()
+            response = await session.post(
                 settings.OPENAI_BASE_URL.rstrip("/") + "/chat/completions",
                 data=self._body,
                 headers=_headers(),
@@ -270,34 +269,32 @@ def _logged(error: UpstreamError, words: str, *args: object) -> UpstreamError:
     return error
 
 
-_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = WeakKeyDictionary()
+_sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None]]] = {}
 
 
-def _session() -> aiohttp.ClientSession:
+async def _session() -> aiohttp.ClientSession:
     """This event loop's connections: kept alive, without a limit, for the process's limit on streams is one.
 
     A pool that is full makes requests wait in silence; the limit on streams refuses them aloud.
     """
     loop = asyncio.get_running_loop()
-    session = _sessions.get(loop)
-    if session is None:
-        session = _sessions[loop] = aiohttp.ClientSession(
+    if loop not in _sessions:
+        session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             proxy=getproxies().get(settings.OPENAI_BASE_URL.partition(":")[0]),
         )
-    return session
+        keeper = _closed_with_loop(session)
+        _sessions[loop] = session, keeper
+        await anext(keeper)
+    return _sessions[loop][0]
 
 
-async def aclose() -> None:
-    """Close this event loop's connections, for a server that tells of its end (an ASGI lifespan)."""
-    if session := _sessions.pop(asyncio.get_running_loop(), None):
+async def _closed_with_loop(session: aiohttp.ClientSession) -> AsyncGenerator[None]:
+    """Django tells nobody of a shutdown, but a loop that ends closes its generators (``shutdown_asyncgens``)."""
+    try:
+        yield
+    finally:
+        _sessions.pop(asyncio.get_running_loop(), None)
         await session.close()
-
-
-@atexit.register
-def _close_silently() -> None:
-    # Django has no shutdown hook, and aiohttp complains of what is left open; the sockets end with the process.
-    for session in _sessions.values():
-        session.detach()
