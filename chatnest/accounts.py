@@ -9,7 +9,7 @@ from typing import Final
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, QueryDict
 from django.middleware.csrf import CsrfViewMiddleware
 
 from .conf import payer_callable, settings
@@ -42,7 +42,9 @@ async def _default(request: HttpRequest) -> list[str]:
     user = await request.auser() if hasattr(request, "auser") else None
     if user is not None and user.is_authenticated:
         if refused := await _csrf_failure(request):
-            raise Forbidden("The page is out of date (CSRF check failed). Reload it and try again.") from refused
+            raise Forbidden(
+                "The page is out of date (CSRF check failed). Reload it and try again."
+            ) from refused
         return [f"user:{user.pk}"]
     return [f"ip:{address(request)}"] if settings.ALLOW_ANONYMOUS else []
 
@@ -50,7 +52,9 @@ async def _default(request: HttpRequest) -> list[str]:
 def _checked(account: object) -> str:
     if isinstance(account, str) and 0 < len(account) <= MAX_LENGTH and account != SITE:
         return account
-    raise ImproperlyConfigured(f"An account must be a string of 1 to {MAX_LENGTH} characters, not {account!r}.")
+    raise ImproperlyConfigured(
+        f"An account must be a string of 1 to {MAX_LENGTH} characters, not {account!r}."
+    )
 
 
 class _CsrfCheck(CsrfViewMiddleware):
@@ -66,6 +70,8 @@ async def _csrf_failure(request: HttpRequest) -> PermissionDenied | None:
 
     def check() -> PermissionDenied | None:
         middleware = _CsrfCheck(lambda request: HttpResponse())
+        # A JSON request has its token in a header: a form, which may be broken or large, is not looked into.
+        request.POST = QueryDict()
         try:
             middleware.process_request(request)
             middleware.process_view(request, None, (), {})

@@ -194,7 +194,7 @@ class Worker:
         self._alias: str = settings.DATABASE_ALIAS
         self._kept: deque[Job] = deque()  # settlements that the database has not taken yet
         self._retry_at = 0.0
-        self._renew_at = 0.0
+        self._renew_at = time.monotonic() + settings.LEASE_SECONDS / 3
 
     def run(self) -> None:
         _be_impatient(self._alias)
@@ -284,10 +284,12 @@ class Worker:
         self._send([(job, LedgerUnavailable(retry_after=5)) for job in jobs if isinstance(job.work, Reserve)])
 
     def _renew_if_due(self) -> None:
-        streams = [stream for ref in self._batcher._live.valuerefs() if (stream := ref())]
-        if not streams or time.monotonic() < self._renew_at:
+        if time.monotonic() < self._renew_at:
             return
         self._renew_at = time.monotonic() + settings.LEASE_SECONDS / 3
+        streams = [stream for ref in self._batcher._live.valuerefs() if (stream := ref())]
+        if not streams:
+            return
         try:
             stopped, paused = self._with_fresh_connection(lambda: ledger.renew([s.hold.id for s in streams]))
         except Exception as error:

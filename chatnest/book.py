@@ -6,25 +6,68 @@ one to be counted. Everyone locks usage rows first, by day and name, so nobody w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 from uuid import UUID
 
-from django.db import models
-from django.db.models import Count
+import msgspec
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 
+from .bulk import Rows, Statement, insert, names, run, statement, table, update
 from .conf import settings, time_zone
 from .models import Adjustment, DailyUsage, RateWindow, Reservation
 
 Key = tuple[date, str]
+Read = tuple[Statement, Callable[[Rows], None]]
 Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
+MOST_OVERDUE: Final = 500
+State, UsageSource = Reservation.State, Reservation.UsageSource
 
-_RESOLUTION: Final = (
-    "state outcome usage_source prompt_tokens completion_tokens tokens_charged settled_at".split()
+
+
+class Held(msgspec.Struct, eq=False):
+    """A reservation's row, but for what is only written when it opens."""
+
+    id: UUID
+    day: date
+    payer: str
+    accounts: list[str]
+    tokens: int
+    state: str = State.OPEN.value
+    outcome: str = ""
+    usage_source: str = UsageSource.NONE.value
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tokens_charged: int = 0
+    settled_at: datetime | None = None
+    is_overdue: bool = False
+
+
+class Usage(msgspec.Struct, eq=False):
+    """A usage row."""
+
+    day: date
+    account: str
+    tokens_used: int
+    tokens_reserved: int
+    prompt_tokens: int
+    completion_tokens: int
+    requests: int
+
+
+_COUNTERS: Final = Usage.__struct_fields__[2:]
+_HELD: Final = Held.__struct_fields__[:-1]
+_RESOLUTION: Final = ("id", *_HELD[5:])
+_ONE_MORE: Final = (
+    'ON CONFLICT ("account", "window_start", "window_seconds", "day") '
+    f'DO UPDATE SET "count" = {table(RateWindow)}."count" + excluded."count"'
 )
-_COUNTERS: Final = "tokens_used tokens_reserved prompt_tokens completion_tokens requests".split()
 
 
 def today(now: datetime | None = None) -> date:
@@ -36,7 +79,7 @@ class Book:
     """Opened inside a transaction with what will be touched; ``write`` before the commit.
 
     ``accounts`` are today's, ``keys`` those of a given day. ``overdue`` are the open reservations whose lease
-    has run out: whoever opens a book resolves them.
+    has run out. They are not locked, and nothing here waits for them: charged in full, they commit what they hold.
     """
 
     def __init__(
@@ -50,68 +93,111 @@ class Book:
         self._alias: str = settings.DATABASE_ALIAS
         self.now = timezone.now()
         self.today = today(self.now)
-        overdue = list(self._rows(Reservation).overdue(self.now).only("id", "day", "accounts"))
-        self._usage = self._lock(
-            {
-                *((self.today, account) for account in accounts),
-                *keys,
-                *((row.day, account) for row in overdue for account in row.accounts),
-            }
+        self._usage: dict[Key, Usage] = {}
+        self.reservations: dict[UUID, Held] = {}
+        self._rates = {rate: [0, 0] for rate in rates}
+        self._streams: dict[str, int] = {}
+        self.overdue: list[UUID] = []
+        self._inserted: dict[UUID, dict[str, Any]] = {}
+        self._changed: dict[UUID, Held] = {}
+        self._posted: set[Key] = set()
+        self._counted: Counter[Rate] = Counter()
+        self._adjustments: list[dict[str, Any]] = []
+        self._read(sorted({*((self.today, name) for name in accounts), *keys}), sorted(set(ids)))
+
+    # Reading: all in one round trip, the locks first.
+
+    def _read(self, keys: list[Key], ids: list[UUID]) -> None:
+        zeros = dict.fromkeys(_COUNTERS, 0)
+        rows = [{"day": day, "account": account, **zeros} for day, account in keys]
+        reads = [
+            *((one, _ignore) for one in insert(self._alias, DailyUsage, rows, "ON CONFLICT DO NOTHING")),
+            *self._lock(keys),
+            *self._find(ids),
+            *self._count_rates(),
+            *self._count_streams(),
+            *self._look_for_overdue(),
+        ]
+        for (_, take), rows_read in zip(reads, run(self._alias, [one for one, _ in reads]), strict=True):
+            take(rows_read)
+
+    def _lock(self, keys: list[Key]) -> Iterator[Read]:
+        sql = (
+            f'SELECT {names(_COUNTERS)}, "account" FROM {table(DailyUsage)} '  # noqa: S608
+            f'WHERE "day" = %s AND "account" IN %s ORDER BY "account"{self._for_update}'
         )
-        self.reservations = self._read_reservations({*ids, *(row.id for row in overdue)})
-        self.overdue = [row for row in self.reservations.values() if row.is_overdue(self.now)]
-        self._windows = self._read_windows(set(rates))
-        self._streams = self._count_streams({payer for payer, _ in rates})
-        self._inserted: dict[UUID, Reservation] = {}
-        self._changed: dict[UUID, Reservation] = {}
-        self._posted: dict[Key, DailyUsage] = {}
-        self._counted: dict[tuple[str, int], RateWindow] = {}
-        self._adjustments: list[Adjustment] = []
+        for day, of_day in groupby(keys, itemgetter(0)):
+            at = self._connection.ops.adapt_datefield_value(day)
 
-    # Reading, in the order of the locks.
+            def take(rows: Rows, day: date = day) -> None:
+                self._usage.update({(day, row[-1]): Usage(day, row[-1], *row[:-1]) for row in rows})
 
-    def _rows(self, model: type[models.Model]) -> Any:
-        return model._default_manager.using(self._alias)
+            yield statement(sql, at, [account for _, account in of_day]), take
 
-    def _lock(self, keys: Collection[Key]) -> dict[Key, DailyUsage]:
-        if not keys:
-            return {}
-        usage = self._locked(keys)
-        if missing := sorted(set(keys) - usage.keys()):
-            rows = [DailyUsage(day=day, account=account) for day, account in missing]
-            self._rows(DailyUsage).bulk_create(rows, ignore_conflicts=True)
-            usage = self._locked(keys)
-        return usage
+    def _find(self, ids: list[UUID]) -> Iterator[Read]:
+        def take(rows: Rows) -> None:
+            self.reservations = {held.id: held for held in map(_held, rows)}
 
-    def _locked(self, keys: Collection[Key]) -> dict[Key, DailyUsage]:
-        rows = self._rows(DailyUsage).named(keys).order_by("day", "account").select_for_update()
-        return {(row.day, row.account): row for row in rows}
+        if ids:
+            sql = (
+                f'SELECT {names(_HELD)}, "expires_at" <= %s FROM {table(Reservation)} '  # noqa: S608
+                f'WHERE "id" IN %s ORDER BY "id"{self._for_update}'
+            )
+            native = self._connection.features.has_native_uuid_field
+            yield statement(sql, self._time(self.now), [id if native else id.hex for id in ids]), take
 
-    def _read_reservations(self, ids: Collection[UUID]) -> dict[UUID, Reservation]:
-        if not ids:
-            return {}
-        rows = self._rows(Reservation).filter(id__in=ids).order_by("id").select_for_update()
-        return {row.id: row for row in rows}
+    def _count_rates(self) -> Iterator[Read]:
+        sql = (
+            f'SELECT "account", "window_start" = %s, "count" FROM {table(RateWindow)} '  # noqa: S608
+            f'WHERE "window_seconds" = %s AND "window_start" IN (%s, %s) AND "account" IN %s'
+        )
+        for seconds in {seconds for _, seconds in self._rates}:
+            this, last = map(self._time, self._windows(seconds))
 
-    def _read_windows(self, rates: Collection[Rate]) -> dict[tuple[str, int, datetime], list[RateWindow]]:
-        windows: dict[tuple[str, int, datetime], list[RateWindow]] = {}
-        if rates:
-            payers, lengths = {payer for payer, _ in rates}, {seconds for _, seconds in rates}
-            starts = {start for seconds in lengths for start in self._starts(seconds)}
-            for row in self._rows(RateWindow).filter(account__in=payers, window_start__in=starts):
-                windows.setdefault((row.account, row.window_seconds, row.window_start), []).append(row)
-        return windows
+            def take(rows: Rows, seconds: int = seconds) -> None:
+                for payer, is_this, count in rows:
+                    self._rates[payer, seconds][0 if is_this else 1] += count
 
-    def _starts(self, seconds: int) -> tuple[datetime, datetime]:
+            payers = [payer for payer, length in self._rates if length == seconds]
+            yield statement(sql, this, seconds, this, last, payers), take
+
+    def _windows(self, seconds: int) -> tuple[datetime, datetime]:
         """The starts of this window and of the one before."""
         start = int(self.now.timestamp()) // seconds * seconds
         return datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(start - seconds, UTC)
 
-    def _count_streams(self, payers: Collection[str]) -> dict[str, int]:
-        if not payers:
-            return {}
-        live = self._rows(Reservation).open().filter(payer__in=payers, expires_at__gt=self.now)
-        return dict(live.order_by().values_list("payer").annotate(Count("id")))
+    def _count_streams(self) -> Iterator[Read]:
+        def take(rows: Rows) -> None:
+            self._streams = dict.fromkeys(payers, 0) | dict(rows)
+
+        if payers := [*{payer for payer, _ in self._rates}]:
+            sql = (
+                f'SELECT "payer", COUNT(*) FROM {table(Reservation)} '  # noqa: S608
+                "WHERE \"state\" = 'open' AND \"expires_at\" > %s AND \"payer\" IN %s GROUP BY \"payer\""
+            )
+            yield statement(sql, self._time(self.now), payers), take
+
+    def _look_for_overdue(self) -> Iterator[Read]:
+        def take(rows: Rows) -> None:
+            self.overdue = [UUID(str(id)) for (id,) in rows]
+
+        sql = (
+            f"SELECT \"id\" FROM {table(Reservation)} "  # noqa: S608
+            f"WHERE \"state\" = 'open' AND \"expires_at\" <= %s LIMIT {MOST_OVERDUE}"
+        )
+        yield statement(sql, self._time(self.now)), take
+
+    @property
+    def _connection(self) -> BaseDatabaseWrapper:
+        return connections[self._alias]
+
+    @property
+    def _for_update(self) -> str:
+        # SQLite has one writer at a time, and a transaction there begins as one (transaction_mode IMMEDIATE).
+        return " FOR UPDATE" if self._connection.features.has_select_for_update else ""
+
+    def _time(self, at: datetime) -> Any:
+        return self._connection.ops.adapt_datetimefield_value(at)
 
     # Asking.
 
@@ -129,41 +215,36 @@ class Book:
 
     def rate(self, payer: str, seconds: int) -> tuple[int, int, float]:
         """The requests in this window and in the one before, and how much of this one has passed (0 to 1)."""
-        start, before = self._starts(seconds)
-        this, last = (sum(row.count for row in self._windows.get((payer, seconds, at), ())) for at in (start, before))
-        return this, last, (self.now - start).total_seconds() / seconds
+        this, last = self._rates[payer, seconds]
+        return this, last, self.now.timestamp() % seconds / seconds
 
     # Changing.
 
     def post(self, day: date, account: str, **changes: int) -> None:
         """Add to the counters of one account's day."""
-        usage = self._posted[day, account] = self._usage[day, account]
+        usage = self._usage[day, account]
+        self._posted.add((day, account))
         for counter, change in changes.items():
             setattr(usage, counter, getattr(usage, counter) + change)
 
-    def insert(self, row: Reservation) -> None:
-        self.reservations[row.id] = self._inserted[row.id] = row
-        self._streams[row.payer] = self.streams(row.payer) + 1
+    def insert(self, held: Held, **columns: Any) -> None:
+        """A new reservation; ``columns`` are those that Held does not have."""
+        self.reservations[held.id] = held
+        self._inserted[held.id] = columns
+        self._streams[held.payer] = self.streams(held.payer) + 1
 
-    def resolve(self, row: Reservation) -> None:
-        """``row`` has left open: it is no longer one of its payer's streams."""
-        if row.payer in self._streams and row.expires_at > self.now:
-            self._streams[row.payer] -= 1
-        self.change(row)
+    def change(self, held: Held) -> None:
+        if held.id not in self._inserted:
+            self._changed[held.id] = held
 
-    def change(self, row: Reservation) -> None:
-        if row.id not in self._inserted:
-            self._changed[row.id] = row
+    def close_stream(self, held: Held) -> None:
+        """``held`` has left open: it is no longer one of its payer's streams."""
+        if held.payer in self._streams and not held.is_overdue:
+            self._streams[held.payer] -= 1
 
     def count_request(self, payer: str, seconds: int) -> None:
-        start, _ = self._starts(seconds)
-        rows = self._windows.setdefault((payer, seconds, start), [])
-        row = next((row for row in rows if row.day == self.today), None)
-        if row is None:
-            row = RateWindow(day=self.today, account=payer, window_start=start, window_seconds=seconds)
-            rows.append(row)
-        row.count += 1
-        self._counted[payer, seconds] = row
+        self._rates[payer, seconds][0] += 1
+        self._counted[payer, seconds] += 1
 
     def adjust(self, day: date, account: str, tokens: int, *, reason: str, actor: str = "") -> None:
         """Correct a day's use beside its charges, never below zero: what a reset forgave cannot be refunded too."""
@@ -171,23 +252,55 @@ class Book:
         if tokens:
             self.post(day, account, tokens_used=tokens)
             self._adjustments.append(
-                Adjustment(
-                    day=day, account=account, tokens=tokens, reason=reason, actor=actor, created_at=self.now
-                )
+                {
+                    "day": day,
+                    "account": account,
+                    "tokens": tokens,
+                    "reason": reason,
+                    "actor": actor,
+                    "created_at": self.now,
+                }
             )
 
     def write(self) -> None:
-        self._rows(Reservation).bulk_create(self._inserted.values())
-        self._rows(Adjustment).bulk_create(self._adjustments)
-        self._upsert(Reservation, self._changed.values(), ["id"], _RESOLUTION)
-        self._upsert(DailyUsage, self._posted.values(), ["day", "account"], _COUNTERS)
-        counted = ["account", "window_start", "window_seconds", "day"]
-        self._upsert(RateWindow, self._counted.values(), counted, ["count"])
-
-    def _upsert(
-        self, model: type[models.Model], rows: Iterable[models.Model], unique: list[str], fields: list[str]
-    ) -> None:
-        """One statement for rows that all differ. The locks make absolute values right."""
-        self._rows(model).bulk_create(
-            list(rows), update_conflicts=True, unique_fields=unique, update_fields=fields
+        """All in one round trip."""
+        opened = [{**_columns(self.reservations[id], _HELD), **more} for id, more in self._inserted.items()]
+        changed = [_columns(held, _RESOLUTION) for held in self._changed.values()]
+        posted = [_columns(self._usage[key], Usage.__struct_fields__) for key in sorted(self._posted)]
+        counted = [
+            {
+                "day": self.today,
+                "account": payer,
+                "window_start": self._windows(seconds)[0],
+                "window_seconds": seconds,
+                "count": count,
+            }
+            for (payer, seconds), count in self._counted.items()
+        ]
+        run(
+            self._alias,
+            [
+                *insert(self._alias, Reservation, opened),
+                *update(self._alias, Reservation, changed, by=("id",)),
+                *update(self._alias, DailyUsage, posted, by=("day", "account")),
+                *insert(self._alias, RateWindow, counted, _ONE_MORE),
+                *insert(self._alias, Adjustment, self._adjustments),
+            ],
         )
+
+
+def _ignore(rows: Rows) -> None:
+    pass
+
+
+def _columns(row: msgspec.Struct, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
+
+
+def _held(row: tuple[Any, ...]) -> Held:
+    """Both databases keep JSON as text here; SQLite also UUIDs, and times without their zone, which is UTC."""
+    held = Held(*row)
+    held.id = held.id if isinstance(held.id, UUID) else UUID(held.id)
+    held.accounts = msgspec.json.decode(held.accounts)  # type: ignore[arg-type]
+    held.settled_at = held.settled_at and held.settled_at.replace(tzinfo=UTC)
+    return held

@@ -20,7 +20,7 @@ from uuid import UUID
 from django.db import DatabaseError, transaction
 from django.utils import timezone
 
-from .book import Book
+from .book import Book, Held
 from .book import today as today  # the ledger's day is its users' too
 from .conf import settings, time_zone
 from .errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
@@ -118,7 +118,7 @@ def day_ends(day: date) -> datetime:
 
 
 def apply(operations: Sequence[Operation]) -> list[Answer]:
-    """Decide ``operations`` in turn, in one transaction, and charge overdue leases. Refusals are answers.
+    """Decide ``operations`` in turn, in one transaction; then charge overdue leases. Refusals are answers.
 
     Raises what the database raises, CommitUnknown where the outcome is not known; else nothing was decided.
     """
@@ -126,7 +126,6 @@ def apply(operations: Sequence[Operation]) -> list[Answer]:
     try:
         with transaction.atomic(using=settings.DATABASE_ALIAS):
             book = open_book(operations)
-            expire(book, spare={operation.hold.id for operation in operations if isinstance(operation, Settle)})
             answers = [decide(book, operation) for operation in operations]
             book.write()
             decided = True
@@ -134,7 +133,21 @@ def apply(operations: Sequence[Operation]) -> list[Answer]:
         if decided:
             raise CommitUnknown(*error.args) from error
         raise
+    if book.overdue:
+        expire(book.overdue)
     return answers
+
+
+def expire(ids: Sequence[UUID]) -> None:
+    """Charge these leases in full, if they are still open and overdue."""
+    alias = settings.DATABASE_ALIAS
+    rows = Reservation.objects.using(alias).filter(id__in=ids).values_list("day", "accounts")
+    with transaction.atomic(using=alias):
+        book = Book(keys=[(day, account) for day, accounts in rows for account in accounts], ids=ids)
+        for row in book.reservations.values():
+            if row.state == State.OPEN and row.is_overdue:
+                _resolve(book, row, State.EXPIRED, Outcome.EXPIRED, UsageSource.HELD, row.tokens)
+        book.write()
 
 
 def renew(ids: Sequence[UUID]) -> tuple[set[UUID], set[str]]:
@@ -176,13 +189,6 @@ def open_book(operations: Sequence[Operation]) -> Book:
         ids=[*(ask.id for ask in reserves), *(ask.hold.id for ask in settles), *(ask.id for ask in stops)],
         rates=[(ask.payer, ask.rate_window_seconds) for ask in reserves],
     )
-
-
-def expire(book: Book, spare: set[UUID]) -> None:
-    """Charge overdue leases in full, but for those that are being settled, however late."""
-    for row in book.overdue:
-        if row.id not in spare:
-            _resolve(book, row, State.EXPIRED, Outcome.EXPIRED, UsageSource.HELD, row.tokens)
 
 
 def decide(book: Book, operation: Operation) -> Answer:
@@ -235,23 +241,16 @@ def _fit(book: Book, ask: Reserve) -> int:
     return output
 
 
-def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Reservation:
-    row = Reservation(
-        id=ask.id,
-        day=book.today,
-        payer=ask.payer,
-        accounts=list(ask.budgets),
-        profile=ask.profile,
-        model=ask.model,
-        tokens=tokens,
-        created_at=book.now,
-        expires_at=book.now + timedelta(seconds=settings.LEASE_SECONDS),
+def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Held:
+    held = Held(id=ask.id, day=book.today, payer=ask.payer, accounts=list(ask.budgets), tokens=tokens)
+    lease = timedelta(seconds=settings.LEASE_SECONDS)
+    book.insert(
+        held, profile=ask.profile, model=ask.model, created_at=book.now, expires_at=book.now + lease
     )
-    book.insert(row)
     book.count_request(ask.payer, ask.rate_window_seconds)
     for account in ask.budgets:
         book.post(book.today, account, tokens_reserved=tokens, requests=1)
-    return row
+    return held
 
 
 def _remaining(book: Book, day: date, budgets: Mapping[str, int]) -> int:
@@ -270,9 +269,9 @@ def _settle(book: Book, ask: Settle) -> int:
     return _remaining(book, ask.hold.day, ask.hold.budgets)
 
 
-def _settle_late(book: Book, row: Reservation, ask: Settle) -> None:
+def _settle_late(book: Book, row: Held, ask: Settle) -> None:
     """The hold is charged already: correct it beside the charge, once, for its source is no longer held."""
-    row.usage_source = ask.source
+    row.usage_source = ask.source.value
     _record(book, row, ask)
     for account in row.accounts:
         book.adjust(row.day, account, ask.total_tokens - row.tokens_charged, reason=f"settled late: {row.id}")
@@ -286,7 +285,7 @@ def _settle_without_row(book: Book, ask: Settle) -> None:
         )
 
 
-def _record(book: Book, row: Reservation, ask: Settle) -> None:
+def _record(book: Book, row: Held, ask: Settle) -> None:
     row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
     book.change(row)
     for account in row.accounts:
@@ -305,16 +304,17 @@ def _stop(book: Book, ask: Stop) -> bool:
 
 def _resolve(
     book: Book,
-    row: Reservation,
+    row: Held,
     state: Reservation.State,
     outcome: Reservation.Outcome,
     source: Reservation.UsageSource,
     charge: int,
 ) -> None:
     """The one way out of open."""
-    row.state, row.outcome, row.usage_source = state, outcome, source
+    row.state, row.outcome, row.usage_source = state.value, outcome.value, source.value
     row.tokens_charged, row.settled_at = charge, book.now
-    book.resolve(row)
+    book.close_stream(row)
+    book.change(row)
     for account in row.accounts:
         book.post(row.day, account, tokens_reserved=-row.tokens, tokens_used=charge)
 

@@ -16,9 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from enum import Enum
 from typing import Final, Literal, Self, TypeVar
 
-from asgiref.sync import SyncToAsync
-from django.db import connections
-
+from .asgi import let_request_thread_go
 from .batcher import batcher
 from .conf import settings
 from .errors import ChatError, InternalError, Overloaded, Paused, UpstreamTimeout
@@ -116,7 +114,7 @@ class ChatStream:
 
     async def _frames(self) -> AsyncGenerator[bytes]:
         yield chatnest.START
-        _let_request_thread_go()
+        let_request_thread_go()
         try:
             opening = self._begin()
             while not opening.done():
@@ -295,22 +293,3 @@ def _outcome(problem: ChatError) -> Reservation.Outcome:
     if isinstance(problem, Paused):
         return Outcome.STOPPED
     return Outcome.TIMED_OUT if isinstance(problem, UpstreamTimeout) else Outcome.UPSTREAM_ERROR
-
-
-def _let_request_thread_go() -> None:
-    """End the request's thread and its database connections before minutes of streaming.
-
-    asgiref keeps one thread a request for its sync middleware until the response is done, and the connections
-    that were opened in it (https://code.djangoproject.com/ticket/32889).
-    """
-    context = SyncToAsync.thread_sensitive_context.get(None)
-    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context else None
-    if executor:
-        executor.submit(_close_connections)
-        executor.shutdown(wait=False)
-
-
-def _close_connections() -> None:
-    for connection in connections.all(initialized_only=True):
-        if not connection.in_atomic_block:
-            connection.close()

@@ -28,14 +28,15 @@ INSTALLED_APPS = [
     "chatnest",
     "project",
 ]
+# Django's own stack, without its hand-overs to threads (see chatnest.middleware).
 MIDDLEWARE = [
-    "django.middleware.security.SecurityMiddleware",
-    "django.contrib.sessions.middleware.SessionMiddleware",
-    "django.middleware.common.CommonMiddleware",
-    "django.middleware.csrf.CsrfViewMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
-    "django.contrib.messages.middleware.MessageMiddleware",
-    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "chatnest.middleware.SecurityMiddleware",
+    "chatnest.middleware.SessionMiddleware",
+    "chatnest.middleware.CommonMiddleware",
+    "chatnest.middleware.CsrfViewMiddleware",
+    "chatnest.middleware.AuthenticationMiddleware",
+    "chatnest.middleware.MessageMiddleware",
+    "chatnest.middleware.XFrameOptionsMiddleware",
 ]
 TEMPLATES = [
     {

@@ -79,8 +79,8 @@ class Client:
     def usage(self, **headers: str) -> dict[str, Any]:
         return self.request("GET", "/api/usage", **headers).json
 
-    def stream(self, body: object = HELLO) -> RawStream:
-        return RawStream(self.port, body, self.headers)
+    def stream(self, body: object = HELLO, **headers: str) -> RawStream:
+        return RawStream(self.port, body, {**self.headers, **headers})
 
 
 class RawStream:

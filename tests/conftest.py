@@ -5,16 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import uvicorn
 from chatnest.batcher import batcher
-from chatnest.models import Reservation
+from chatnest.limits import DEFAULT_PROFILES
+from chatnest.models import Profile, Reservation
 from chatnest.testing import FakeUpstream
-from django.core.asgi import get_asgi_application
+from project.asgi import application
 
 from .client import Client
+
+Configure = Callable[..., None]
+Settled = Callable[[], list[Reservation]]
+EditProfile = Callable[..., Profile]
 
 
 def _on(alias: str, *databases: str) -> Any:
@@ -25,8 +32,15 @@ def _on(alias: str, *databases: str) -> Any:
     )
 
 
-@pytest.fixture(params=[_on("default", "default"), _on("postgres", "default", "postgres")])
-def database(request: pytest.FixtureRequest, configure: Callable[..., None]) -> Iterator[str]:
+SQLITE, POSTGRES = _on("default", "default"), _on("postgres", "default", "postgres")
+
+# For stories in which the database is no part, or in which only one of them can play.
+on_sqlite = pytest.mark.parametrize("database", [SQLITE], indirect=True)
+on_postgres = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
+
+
+@pytest.fixture(params=[SQLITE, POSTGRES])
+def database(request: pytest.FixtureRequest, configure: Configure) -> Iterator[str]:
     """The alias of the database that the ledger lives in; each test that asks for it runs on both."""
     configure(DATABASE_ALIAS=request.param)
     batcher.forget_policy()
@@ -35,7 +49,7 @@ def database(request: pytest.FixtureRequest, configure: Callable[..., None]) -> 
 
 
 @pytest.fixture
-def configure(settings: Any) -> Callable[..., None]:
+def configure(settings: Any) -> Configure:
     """Change ``CHATNEST`` for one test: ``configure(ALLOW_ANONYMOUS=False)``."""
 
     def configure(**changes: Any) -> None:
@@ -46,23 +60,31 @@ def configure(settings: Any) -> Callable[..., None]:
 
 
 @pytest.fixture
-def upstream(configure: Callable[..., None]) -> Iterator[FakeUpstream]:
+def upstream(configure: Configure) -> Iterator[FakeUpstream]:
     with FakeUpstream() as upstream:
         configure(OPENAI_BASE_URL=upstream.url)
         yield upstream
 
 
-@pytest.fixture(scope="session")
-def server_port() -> Iterator[int]:
-    """The site served by uvicorn from a thread, so that a test's settings and clock are the server's too."""
-    config = uvicorn.Config(get_asgi_application(), port=0, lifespan="off", log_level="warning")
+@contextmanager
+def served(application: Any) -> Iterator[int]:
+    """The port of an application served by uvicorn from a thread: a test's settings and clock are the server's too."""
+    config = uvicorn.Config(application, port=0, lifespan="off", log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()
     eventually(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = server.force_exit = True
-    thread.join(10)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def server_port() -> Iterator[int]:
+    with served(application) as port:
+        yield port
 
 
 @pytest.fixture
@@ -72,7 +94,7 @@ def client(server_port: int, database: str, upstream: FakeUpstream) -> Client:
 
 
 @pytest.fixture
-def settled(database: str) -> Callable[[], list[Reservation]]:
+def settled(database: str) -> Settled:
     """All reservations, oldest first, once none is open: a client that left does not wait for its settlement."""
 
     def settled() -> list[Reservation]:
@@ -81,6 +103,18 @@ def settled(database: str) -> Callable[[], list[Reservation]]:
         return list(rows.order_by("created_at"))
 
     return settled
+
+
+@pytest.fixture
+def edit_profile(database: str) -> EditProfile:
+    """An operator saves a profile: ``edit_profile("balanced", enabled=False)``; what is not named is as delivered."""
+
+    def edit_profile(name: str = "balanced", **changes: Any) -> Profile:
+        typed = asdict(DEFAULT_PROFILES.get(name, DEFAULT_PROFILES["balanced"])) | changes
+        row, _ = Profile.objects.using(database).update_or_create(name=name, defaults=typed)
+        return row
+
+    return edit_profile
 
 
 def eventually(condition: Callable[[], object], seconds: float = 10) -> None:

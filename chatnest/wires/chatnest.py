@@ -57,10 +57,14 @@ def _json(body: bytes) -> _Body:
     try:
         body.decode()  # msgspec does not look inside the fields that it skips
         return _decode(body)
-    except msgspec.ValidationError:
-        raise InvalidRequest("The request body must be a JSON object.") from None
+    except msgspec.ValidationError as error:
+        _, inside, field = str(error).partition(" - at `$.")
+        rule = f"{field.rstrip('`')} holds a number that is out of range."  # 1e400: no float can hold it
+        raise InvalidRequest(rule if inside else "The request body must be a JSON object.") from None
     except (ValueError, RecursionError):
-        raise InvalidRequest("The request body must be valid JSON in UTF-8, without NaN or Infinity.") from None
+        raise InvalidRequest(
+            "The request body must be valid JSON in UTF-8, without NaN or Infinity."
+        ) from None
 
 
 def _message(where: str, item: object) -> Message:

@@ -1,0 +1,93 @@
+"""Django's ASGI application with its request threads kept for the next request. Optional: use it in ``asgi.py``.
+
+    from chatnest.asgi import get_asgi_application
+
+asgiref makes a thread for each request that runs sync code, and another to wait for its end; and Django runs
+some in every request, to close the response. Here a request borrows a thread while it needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
+from django.core.asgi import get_asgi_application as get_django_application
+from django.db import connections
+
+T = TypeVar("T")
+
+IDLE_THREADS: Final = 16
+
+
+class BorrowedThread(Executor):
+    """One request's thread, as asgiref wants it: one call at a time, always in the same thread.
+
+    ``shutdown`` hands the thread back once its calls are done; a later call borrows again.
+    """
+
+    _idle: Final[list[ThreadPoolExecutor]] = []
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def borrowed(self) -> bool:
+        return self._thread is not None
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        if self._thread is None:
+            self._thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "chatnest-request")
+        return self._thread.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None and len(self._idle) < IDLE_THREADS:
+            self._idle.append(thread)
+        elif thread is not None:
+            thread.shutdown(wait=False)
+
+
+def let_request_thread_go() -> None:
+    """End the request's thread, and its database connections, before minutes of streaming.
+
+    asgiref keeps it until the response is done (https://code.djangoproject.com/ticket/32889).
+    """
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executor = SyncToAsync.context_to_thread_executor.get(context) if context else None
+    if isinstance(executor, BorrowedThread):
+        if executor.borrowed:
+            executor.submit(_close_connections)
+            executor.shutdown()
+    elif executor:
+        del SyncToAsync.context_to_thread_executor[context]  # asgiref makes another when it needs one
+        executor.submit(_close_connections)
+        executor.shutdown(wait=False)
+
+
+def _close_connections() -> None:
+    for connection in connections.all(initialized_only=True):
+        if not connection.in_atomic_block:
+            connection.close()
+
+
+Application = Callable[[Scope, ASGIReceiveCallable, ASGISendCallable], Any]
+
+
+def get_asgi_application() -> Application:
+    """What ``django.core.asgi.get_asgi_application`` returns, with threads shared by the process's requests."""
+    return share_threads(get_django_application())  # type: ignore[arg-type]
+
+
+def share_threads(application: Application) -> Application:
+    async def shared(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        thread = BorrowedThread()
+        try:
+            async with ThreadSensitiveContext(executor=thread):
+                await application(scope, receive, send)
+        finally:
+            thread.shutdown()
+
+    return shared

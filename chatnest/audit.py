@@ -1,0 +1,250 @@
+"""Proving the ledger, mending it, and forgetting its old days without losing the proof.
+
+For each account and day:
+
+    tokens_reserved = the sum of open reservations
+    tokens_used     = the sum of charges + the sum of adjustments
+
+and, until a day is pruned, prompt and completion tokens are the sums of its reservations'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from typing import Any, Final
+
+from django.db import models, transaction
+from django.db.models import Case, CharField, F, Q, QuerySet, Sum, TextField, Value, When
+from django.db.models.functions import Cast
+from django.utils import timezone
+
+from . import ledger
+from .book import Book
+from .conf import settings
+from .models import Adjustment, DailyUsage, RateWindow, Reservation
+
+PRUNED: Final = "pruned"  # the reason of the adjustment that stands for an account's deleted rows of a day
+BATCH: Final = 1000
+GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may yet be settled
+
+# What is proven; of an account and day that were pruned, only the first two still can be.
+FIELDS: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens")
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Discrepancy:
+    """A counter that is not the sum of its rows. ``stored`` is 0 where the counters' row is missing."""
+
+    day: date
+    account: str
+    field: str
+    stored: int
+    computed: int
+    repaired: bool = False
+
+    @property
+    def repairable(self) -> bool:
+        """Nobody uses less than nothing: one of the rows that add up to that is missing."""
+        return self.computed >= 0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.day} {self.account} {self.field}: {self.stored:,} stored, {self.computed:,} by its rows"
+        )
+        if self.repaired:
+            return f"{text} (repaired)"
+        return text if self.repairable else f"{text} (not repairable: a charge or an adjustment is missing)"
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """How many rows were deleted, and the days left for later: a reservation of theirs is not settled yet."""
+
+    reservations: int
+    adjustments: int
+    rate_windows: int
+    skipped: tuple[date, ...]
+
+
+# Proving
+
+
+def verify(*, repair: bool = False, progress: Progress | None = None) -> list[Discrepancy]:
+    """Every counter of every day that is not the sum of its rows; with ``repair``, set to it.
+
+    Reading needs no locks and stops no traffic: one statement a day, so it sees the day as of one commit.
+    Repair locks what was found as the ledger does, reads it again, and mends it in the same transaction.
+    """
+    found: list[Discrepancy] = []
+    days = _days(_all(DailyUsage), _all(Reservation), _all(Adjustment))
+    for number, day in enumerate(days, 1):
+        differences = _differences(day)
+        found += _repair(day, differences) if repair else differences
+        if progress:
+            progress(f"{day} checked, {number:,} of {len(days):,} days")
+    if repair:
+        ledger.apply(())  # charges overdue leases, which it could not with counters below the holds
+    return found
+
+
+def _differences(day: date) -> list[Discrepancy]:
+    stored: dict[str, dict[str, int]] = {}
+    proven: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    pruned: set[str] = set()
+    for kind, name, *sums in _read(day):
+        counters = dict(zip(FIELDS, map(int, sums), strict=True))
+        if kind == "stored":
+            stored[name] = counters
+            continue
+        if kind == PRUNED:
+            pruned.add(name)
+        for account in json.loads(name) if kind == "charged" else [name]:
+            proven[account].update(counters)
+    return [
+        Discrepancy(day, account, field, was, computed)
+        for account in sorted(stored.keys() | proven.keys())
+        for field in FIELDS[: 2 if account in pruned else None]
+        if (was := stored.get(account, {}).get(field, 0)) != (computed := proven[account][field])
+    ]
+
+
+def _read(day: date) -> Iterator[tuple[Any, ...]]:
+    """A day's counters and the sums of its rows: a kind, the account (or the JSON of several), and FIELDS."""
+    nothing = Value(0)
+    stored = _all(DailyUsage, day=day).values_list(Value("stored", CharField()), "account", *FIELDS)
+    charged = (
+        _all(Reservation, day=day)
+        .values(kind=Value("charged", CharField()), name=Cast("accounts", TextField()))
+        .annotate(
+            reserved=Sum("tokens", filter=Q(state=Reservation.State.OPEN), default=0),
+            used=Sum("tokens_charged"),
+            prompt=Sum("prompt_tokens"),
+            completion=Sum("completion_tokens"),
+        )
+        .values_list("kind", "name", "reserved", "used", "prompt", "completion")
+    )
+    adjusted = (
+        _all(Adjustment, day=day)
+        .values(
+            kind=Case(When(reason=PRUNED, then=Value(PRUNED)), default=Value("adjusted")), name=F("account")
+        )
+        .annotate(used=Sum("tokens"))
+        .values_list("kind", "name", nothing, "used", nothing, nothing)
+    )
+    return stored.union(charged, adjusted, all=True).iterator()
+
+
+def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:
+    """Those that are still there once their rows are locked, as mended."""
+    names = sorted({difference.account for difference in differences})
+    found: list[Discrepancy] = []
+    for start in range(0, len(names), BATCH):
+        batch = set(names[start : start + BATCH])
+        with transaction.atomic(using=settings.DATABASE_ALIAS):
+            book = Book(keys=[(day, account) for account in batch])
+            for difference in _differences(day):
+                if difference.account in batch:
+                    found.append(replace(difference, repaired=difference.repairable))
+                    if difference.repairable:
+                        change = difference.computed - difference.stored
+                        book.post(day, difference.account, **{difference.field: change})
+            book.write()
+    return found
+
+
+# Pruning
+
+
+def prune(before: date, *, dry_run: bool = False, progress: Progress | None = None) -> Pruned:
+    """Delete the reservations, adjustments and rate windows of days before ``before``; their usage stays.
+
+    One adjustment for each account and day stands for what was deleted of it, written in the same
+    transaction: every commit can be proven, so it may be interrupted anywhere, and run again.
+    """
+    if before > ledger.today():
+        raise ValueError("Today's rows are in use: only days that are over can be pruned.")
+    if not dry_run:
+        ledger.apply(())  # charges overdue leases: their days need not wait for the next chat
+    deleted: Counter[str] = Counter(reservations=0, adjustments=0, rate_windows=0)
+
+    def delete(kind: str, rows: QuerySet[Any], batches: Iterator[int]) -> None:
+        for number in (rows.count(),) if dry_run else batches:
+            deleted[kind] += number
+            if progress:
+                progress(", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in deleted.items()))
+
+    skipped: list[date] = []
+    unpruned = _all(Adjustment, day__lt=before).exclude(reason=PRUNED)
+    for day in _days(_all(Reservation, day__lt=before), unpruned):
+        reservations, adjustments = _all(Reservation, day=day), unpruned.filter(day=day)
+        if reservations.filter(_unsettled()).exists():
+            skipped.append(day)
+            continue
+        settled = reservations.exclude(_unsettled())  # one may be committed yet, by who began before midnight
+        delete("reservations", settled, _fold(day, settled, "accounts", "tokens_charged"))
+        delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens"))
+    windows = _all(RateWindow, day__lt=before).filter(_passed())
+    delete("rate_windows", windows, _delete(windows))
+    return Pruned(**deleted, skipped=tuple(skipped))
+
+
+def _unsettled() -> Q:
+    """Open, or charged in full for want of a settlement that may only be late."""
+    held = Q(usage_source=Reservation.UsageSource.HELD, expires_at__gt=timezone.now() - GRACE)
+    return Q(state=Reservation.State.OPEN) | held
+
+
+def _passed() -> Q:
+    """Windows that no longer count: a rate is that of its window and of the one before."""
+    now, passed = timezone.now(), Q(pk__in=())
+    for seconds in _all(RateWindow).values_list("window_seconds", flat=True).distinct():
+        passed |= Q(window_seconds=seconds, window_start__lte=now - timedelta(seconds=2 * seconds))
+    return passed
+
+
+def _fold(day: date, rows: QuerySet[Any], names: str, tokens: str) -> Iterator[int]:
+    """Replace ``rows`` by their accounts' adjustments. Yields how many, after each transaction."""
+    while batch := dict(rows.values_list("pk", names)[:BATCH]):
+        accounts = {account for value in batch.values() for account in _listed(value)}
+        with transaction.atomic(using=settings.DATABASE_ALIAS):
+            Book(keys=[(day, account) for account in accounts])  # for its locks: a late settlement waits
+            chosen = rows.filter(pk__in=batch)
+            earlier = _all(Adjustment, day=day, account__in=accounts, reason=PRUNED)
+            sums = dict.fromkeys(accounts, 0)
+            for value, count in (
+                *chosen.values_list(names, tokens),
+                *earlier.values_list("account", "tokens"),
+            ):
+                for account in _listed(value):
+                    sums[account] += count
+            earlier.delete()
+            number, _ = chosen.delete()
+            _all(Adjustment).bulk_create(
+                Adjustment(day=day, account=account, tokens=total, reason=PRUNED, created_at=timezone.now())
+                for account, total in sums.items()
+            )
+        yield number
+
+
+def _delete(rows: QuerySet[Any]) -> Iterator[int]:
+    while batch := list(rows.values_list("pk", flat=True)[:BATCH]):
+        number, _ = rows.filter(pk__in=batch).delete()
+        yield number
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _all(model: type[models.Model], **lookups: Any) -> QuerySet[Any]:
+    return model._default_manager.using(settings.DATABASE_ALIAS).filter(**lookups).order_by()
+
+
+def _days(*querysets: QuerySet[Any]) -> list[date]:
+    return sorted({day for rows in querysets for day in rows.values_list("day", flat=True).distinct()})

@@ -1,0 +1,83 @@
+"""What the operators' commands share: failures in a sentence, progress that does not drown a log."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from datetime import date
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+from django.db import Error, IntegrityError
+from django.db.models import Case, QuerySet, When
+from django.utils.connection import ConnectionDoesNotExist
+
+from ..accounts import SITE
+from ..conf import settings
+from ..models import DailyUsage
+
+
+class OperatorCommand(BaseCommand):
+    """Works on the database that CHATNEST["DATABASE_ALIAS"] names, and fails without a traceback."""
+
+    verbosity = 1
+
+    def run(self, *args: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        self.verbosity = options["verbosity"]
+        try:
+            self.run(**options)
+        except IntegrityError as error:
+            raise CommandError(
+                f"The counters do not allow it: {error}\nRun chatnest_verify --repair, then this again."
+            ) from error
+        except (Error, ConnectionDoesNotExist) as error:
+            alias = settings.DATABASE_ALIAS
+            raise CommandError(f"The database {alias!r} does not do what it is asked: {error}") from error
+        except KeyboardInterrupt:
+            raise CommandError(
+                "Interrupted. What was done so far is complete in itself; run this again for the rest.",
+                returncode=130,
+            ) from None
+
+    def say(self, text: str) -> None:
+        if self.verbosity:
+            self.stdout.write(text)
+
+    @property
+    def progress(self) -> Callable[[str], object] | None:
+        """Where to say how far it is: on a terminal, or in a log with ``--verbosity 2``."""
+        wanted = self.verbosity > 1 or (self.verbosity and self.stderr.isatty())
+        return self.stderr.write if wanted else None
+
+
+def usage(accounts: Collection[str] | None = None, **lookups: Any) -> QuerySet[DailyUsage]:
+    """The usage of these accounts, or of all: the last day first, and in it the site, then who used most."""
+    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(**lookups)
+    if accounts:
+        rows = rows.filter(account__in=accounts)
+    return rows.order_by("-day", Case(When(account=SITE, then=0), default=1), "-tokens_used", "account")
+
+
+def day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day such as 2026-11-22") from None
+
+
+def positive(text: str) -> int:
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+
+
+def days_earlier(day: date, days: int) -> date:
+    """That many days before ``day``, or the first day there is."""
+    return date.fromordinal(max(1, day.toordinal() - days))
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

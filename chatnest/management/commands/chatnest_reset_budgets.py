@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import getpass
+from collections.abc import Collection, Set
+from datetime import date
+from typing import Any, Final
+
+from django.core.management.base import CommandError, CommandParser
+
+from chatnest import ledger
+from chatnest.accounts import SITE
+from chatnest.conf import settings
+from chatnest.ledger import Reset
+from chatnest.models import Account, DailyUsage, Reservation
+
+from .. import base
+from ..base import count, usage
+
+REASON: Final = "chatnest_reset_budgets"
+BATCH: Final = 500  # accounts a transaction: live requests wait for no more than these
+
+
+class Command(base.OperatorCommand):
+    help = (
+        "Forgive the tokens that accounts have used of a day's budget, so that they may chat again. Each account has "
+        "a budget of its own: to reset user:7 does not reset site. Open streams keep what they have reserved. "
+        "Each reset is recorded as an adjustment, with the name of who ran this."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        whose = parser.add_mutually_exclusive_group()
+        whose.add_argument(
+            "--account",
+            action="extend",
+            nargs="+",
+            metavar="NAME",
+            help="These accounts, such as site, user:7 or ip:192.0.2.1 (chatnest_usage lists them).",
+        )
+        whose.add_argument(
+            "--all", action="store_true", dest="everyone", help="Every account that used anything that day."
+        )
+        parser.add_argument(
+            "--day", type=base.day, metavar="YYYY-MM-DD", help="The day of the budget (default: today)."
+        )
+        parser.add_argument("--dry-run", action="store_true", help="Only say what would be forgiven.")
+        parser.add_argument(
+            "--noinput", "--no-input", action="store_false", dest="interactive", help="Do not ask before."
+        )
+
+    def run(
+        self,
+        *args: Any,
+        account: list[str] | None,
+        everyone: bool,
+        day: date | None,
+        dry_run: bool,
+        interactive: bool,
+        **options: Any,
+    ) -> None:
+        if not (account or everyone):
+            raise CommandError(
+                "Whose budget? Name accounts (--account user:7), or reset every account of the day (--all)."
+            )
+        day = day or ledger.today()
+        if account:
+            refuse_unknown(account)
+        used = {row.account: row.tokens_used for row in usage(account, day=day, tokens_used__gt=0)}
+        for name in dict.fromkeys(account or ()):
+            if name not in used:
+                self.say(f"{name}: nothing to forgive")
+        if dry_run:
+            for name, tokens in used.items():
+                self.say(f"{name}: would forgive {count(tokens, 'token')}")
+        elif used and interactive:
+            confirm(f"This forgives what {listed(list(used))} used on {day}.")
+        if used and not dry_run:
+            self.reset(day, list(used))
+            self.mention_streams(day, used.keys())
+        reset = 0 if dry_run else len(used)
+        self.say(f"{count(reset, 'account')} reset for {day}.")
+
+    def reset(self, day: date, accounts: list[str]) -> None:
+        actor = operator()
+        for start in range(0, len(accounts), BATCH):
+            batch = accounts[start : start + BATCH]
+            resets = [Reset(day=day, account=name, reason=REASON, actor=actor) for name in batch]
+            for name, forgiven in zip(batch, ledger.apply(resets), strict=True):
+                assert isinstance(forgiven, int)
+                self.say(f"{name}: forgave {count(forgiven, 'token')}")
+
+    def mention_streams(self, day: date, accounts: Set[str]) -> None:
+        rows = Reservation.objects.using(settings.DATABASE_ALIAS).open().filter(day=day)
+        held = [
+            tokens
+            for names, tokens in rows.values_list("accounts", "tokens")
+            if not accounts.isdisjoint(names)
+        ]
+        if held:
+            self.say(
+                f"{count(len(held), 'open stream')} of theirs keep {count(sum(held), 'token')} reserved; "
+                "what they use will count."
+            )
+
+
+def refuse_unknown(accounts: Collection[str]) -> None:
+    """A misspelt name must not look like a success."""
+    alias = settings.DATABASE_ALIAS
+    known = {SITE, *Account.objects.using(alias).filter(name__in=accounts).values_list("name", flat=True)}
+    known.update(usage(accounts).values_list("account", flat=True))
+    if unknown := [name for name in accounts if name not in known]:
+        raise CommandError(
+            f"No such account: {', '.join(unknown)}. Nothing was reset. Accounts are named like site, user:7 or "
+            "ip:192.0.2.1; chatnest_usage lists those that used anything."
+        )
+
+
+def confirm(question: str) -> None:
+    try:
+        answer = input(f"{question} Type 'yes' to go on: ")
+    except EOFError:
+        raise CommandError("Nobody is there to say yes, so nothing was reset. Use --noinput.") from None
+    if answer.strip().lower() != "yes":
+        raise CommandError("Nothing was reset.")
+
+
+def listed(accounts: list[str]) -> str:
+    shown, more = accounts[:5], len(accounts) - 5
+    return ", ".join(shown) + (f" and {count(more, 'more account')}" if more > 0 else "")
+
+
+def operator() -> str:
+    """The user of the operating system who runs this."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):  # a container's user may have no name
+        return "unknown"

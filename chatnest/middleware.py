@@ -1,0 +1,85 @@
+"""Django's own middleware without its threads: put ``chatnest.middleware.`` for the first part of their paths.
+
+Under ASGI, Django runs each sync method of each middleware in a thread, thirteen hand-overs a request for the
+stack that ``startproject`` writes. These subclasses are the same middleware; they call what only computes right
+on the event loop, and leave to a thread what may wait for the database. Optional: it makes requests cheaper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.contrib.auth import middleware as auth
+from django.contrib.messages import middleware as messages
+from django.contrib.sessions import middleware as sessions
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+from django.middleware import clickjacking, common, csrf, security
+from django.utils.deprecation import MiddlewareMixin
+
+
+class OnLoop(MiddlewareMixin):
+    """For a middleware whose methods compute. ``waits_before`` and ``waits_after`` tell where one may not."""
+
+    async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
+        response = await self._call("process_request", self.waits_before(request), request)
+        response = response or await self.get_response(request)  # type: ignore[misc]
+        return await self._call("process_response", self.waits_after(request), request, response) or response
+
+    async def _call(self, name: str, waits: bool, *args: Any) -> Any:
+        method = getattr(self, name, None)
+        if method is None:
+            return None
+        return await sync_to_async(method)(*args) if waits else method(*args)
+
+    def waits_before(self, request: HttpRequest) -> bool:
+        return False
+
+    def waits_after(self, request: HttpRequest) -> bool:
+        return False
+
+
+class SecurityMiddleware(OnLoop, security.SecurityMiddleware):
+    pass
+
+
+class CommonMiddleware(OnLoop, common.CommonMiddleware):
+    pass
+
+
+class XFrameOptionsMiddleware(OnLoop, clickjacking.XFrameOptionsMiddleware):
+    pass
+
+
+class AuthenticationMiddleware(OnLoop, auth.AuthenticationMiddleware):
+    pass
+
+
+class SessionMiddleware(OnLoop, sessions.SessionMiddleware):
+    def waits_after(self, request: HttpRequest) -> bool:
+        """It saves the session."""
+        return bool(request.session.modified or settings.SESSION_SAVE_EVERY_REQUEST)
+
+
+class MessageMiddleware(OnLoop, messages.MessageMiddleware):
+    def waits_after(self, request: HttpRequest) -> bool:
+        """It may load and store messages in the session."""
+        storage = getattr(request, "_messages", None)
+        return bool(storage and (storage.used or storage.added_new))
+
+
+class CsrfViewMiddleware(OnLoop, csrf.CsrfViewMiddleware):
+    def waits_before(self, request: HttpRequest) -> bool:
+        """The secret may be in the session."""
+        return bool(settings.CSRF_USE_SESSIONS)
+
+    def waits_after(self, request: HttpRequest) -> bool:
+        return bool(settings.CSRF_USE_SESSIONS)
+
+    async def process_view(self, request: HttpRequest, callback: Any, *args: Any) -> Any:  # type: ignore[override]
+        # Past the exemption it reads the form, which may be a large file.
+        if getattr(callback, "csrf_exempt", False):
+            return super().process_view(request, callback, *args)
+        return await sync_to_async(super().process_view)(request, callback, *args)

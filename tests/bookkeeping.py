@@ -1,0 +1,118 @@
+"""What the ledger's tests share: operations with everyday values, a clock to move, and a proof of their own.
+
+``discrepancies`` adds up rows one by one, on purpose unlike ``chatnest.audit``: it proves that too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+from chatnest import ledger
+from chatnest.conf import settings
+from chatnest.errors import ChatError
+from chatnest.ledger import Hold, Operation, Reserve, Settle
+from chatnest.models import Adjustment, DailyUsage, Reservation
+
+Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
+
+
+class Clock:
+    """``django.utils.timezone.now`` under a test's control."""
+
+    def __init__(self, now: str) -> None:
+        self.now = datetime.fromisoformat(now)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def set(self, now: str) -> None:
+        self.now = datetime.fromisoformat(now)
+
+    def move(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+def ask(payer: str = "user:1", *, limit: int = 1000, site: int = 100_000, **changes: Any) -> Reserve:
+    """A request of 10 tokens for an answer of up to 100."""
+    usual: dict[str, Any] = {
+        "id": uuid4(),
+        "budgets": {payer: limit, "site": site},
+        "profile": "balanced",
+        "model": "gpt-4o-mini",
+        "prompt_tokens": 10,
+        "max_output_tokens": 100,
+        "min_output_tokens": 64,
+        "rate_max_requests": 1000,
+        "rate_window_seconds": 60,
+        "max_concurrent_streams": 1000,
+    }
+    return Reserve(**{**usual, **changes})
+
+
+def used(hold: Hold, tokens: int, **changes: Any) -> Settle:
+    """The answer to ``hold`` is complete, and the provider reports ``tokens`` for it all."""
+    prompt = min(tokens, hold.prompt_tokens)
+    usual: dict[str, Any] = {
+        "outcome": Outcome.COMPLETED,
+        "source": UsageSource.REPORTED,
+        "prompt_tokens": prompt,
+        "completion_tokens": tokens - prompt,
+        "total_tokens": tokens,
+    }
+    return Settle(hold=hold, **{**usual, **changes})
+
+
+def given_back(hold: Hold) -> Settle:
+    """Nobody asked the provider after all."""
+    return Settle(hold=hold, outcome=Outcome.CANCELLED)
+
+
+def do(operation: Operation) -> Any:
+    """One operation in a transaction of its own. Raises the refusal."""
+    (answer,) = ledger.apply([operation])
+    if isinstance(answer, ChatError):
+        raise answer
+    return answer
+
+
+def row_of(hold: Hold | Reserve) -> Reservation:
+    return Reservation.objects.using(settings.DATABASE_ALIAS).get(id=hold.id)
+
+
+def counters(account: str = "user:1", day: Any = None) -> tuple[int, int, int]:
+    """The tokens used and reserved, and the requests, of one account's day; today's if not named."""
+    usage = DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(day=day or ledger.today(), account=account)
+    return usage.values_list("tokens_used", "tokens_reserved", "requests").first() or (0, 0, 0)
+
+
+def discrepancies() -> list[str]:
+    """Where the counters are not what the rows say. Empty is what every test ends with."""
+    alias = settings.DATABASE_ALIAS
+    proven: Counter[tuple[Any, ...]] = Counter()
+    for row in Reservation.objects.using(alias):
+        for account in row.accounts:
+            key = (row.day, account)
+            if row.state == Reservation.State.OPEN:
+                proven[*key, "tokens_reserved"] += row.tokens
+            proven[*key, "tokens_used"] += row.tokens_charged
+            proven[*key, "prompt_tokens"] += row.prompt_tokens
+            proven[*key, "completion_tokens"] += row.completion_tokens
+            proven[*key, "requests"] += 1
+    for adjustment in Adjustment.objects.using(alias):
+        proven[adjustment.day, adjustment.account, "tokens_used"] += adjustment.tokens
+    fields = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
+    stored: Counter[tuple[Any, ...]] = Counter(
+        {
+            (usage.day, usage.account, field): getattr(usage, field)
+            for usage in DailyUsage.objects.using(alias)
+            for field in fields
+        }
+    )
+    return [
+        f"{key}: {stored[key]} stored, {proven[key]} proven"
+        for key in sorted(stored.keys() | proven.keys(), key=str)
+        if stored[key] != proven[key]
+    ]

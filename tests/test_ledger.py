@@ -1,0 +1,795 @@
+"""What the ledger promises, told one story at a time: budgets, leases, rates, days, and what operators do to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+from zoneinfo import ZoneInfo
+
+import pytest
+from chatnest import ledger
+from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
+from chatnest.ledger import Hold, Reset, Stop
+from chatnest.limits import rate_wait
+from chatnest.models import Account, Adjustment, DailyUsage, RateWindow, Reservation
+from django.db import connections
+from django.utils import timezone
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .bookkeeping import (
+    Clock,
+    Outcome,
+    UsageSource,
+    ask,
+    counters,
+    discrepancies,
+    do,
+    given_back,
+    row_of,
+    used,
+)
+from .conftest import Configure, on_postgres, on_sqlite
+
+NOON = "2026-11-22T12:00:00+00:00"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """It is noon, and time stands still until a test moves it."""
+    clock = Clock(NOON)
+    monkeypatch.setattr(timezone, "now", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def proof(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a story does, at its end every counter is what its rows add up to."""
+    yield
+    if "database" in request.fixturenames:
+        assert discrepancies() == []
+
+
+def refusal_of(operation: Any) -> ChatError:
+    (answer,) = ledger.apply([operation])
+    assert isinstance(answer, ChatError), answer
+    return answer
+
+
+def stop(hold: Hold) -> Stop:
+    return Stop(id=hold.id, day=hold.day, accounts=list(hold.budgets))
+
+
+def expire_all(clock: Clock) -> None:
+    clock.move(31)
+    ledger.apply([])
+
+
+# Reserving: all budgets or none.
+
+
+def test_a_hold_is_in_every_budget_that_pays(database: str, clock: Clock) -> None:
+    hold = do(ask(budgets={"user:1": 1000, "team:7": 5000, "site": 9000}))
+    assert (hold.output_tokens, hold.prompt_tokens, hold.model) == (100, 10, "gpt-4o-mini")
+    assert hold.remaining == 1000 - 110
+    assert [counters(account) for account in ("user:1", "team:7", "site")] == [(0, 110, 1)] * 3
+    row = row_of(hold)
+    assert (row.payer, row.accounts, row.tokens) == ("user:1", ["user:1", "team:7", "site"], 110)
+    assert (row.profile, row.model, row.day) == ("balanced", "gpt-4o-mini", date(2026, 11, 22))
+    assert (row.state, row.outcome, row.usage_source) == ("open", "", "none")
+    assert (row.prompt_tokens, row.completion_tokens, row.tokens_charged) == (0, 0, 0)
+    assert (row.created_at, row.expires_at) == (clock.now, clock.now + timedelta(seconds=30))
+    assert row.settled_at is None
+
+
+@pytest.mark.parametrize("full", ["user:1", "team:7", "site"])
+def test_one_full_budget_refuses_and_leaves_no_trace_in_the_others(database: str, full: str) -> None:
+    budgets = {"user:1": 1000, "team:7": 1000, "site": 1000, full: 73}
+    assert isinstance(refusal_of(ask(budgets=budgets)), DailyBudgetExceeded)
+    assert [counters(account) for account in budgets] == [(0, 0, 0)] * 3
+    assert not Reservation.objects.using(database).exists()
+    assert not RateWindow.objects.using(database).exists()
+
+
+def test_the_last_tokens_of_a_budget_can_be_spent_and_not_one_more(database: str) -> None:
+    answers = ledger.apply([ask(limit=110 + 74), ask(limit=110 + 74), ask(limit=110 + 74)])
+    assert [answer.output_tokens for answer in answers[:2]] == [100, 64]
+    assert isinstance(answers[2], DailyBudgetExceeded)
+    assert counters() == (0, 184, 2)
+    assert answers[1].remaining == 0
+
+
+def test_an_answer_below_the_useful_minimum_is_not_begun(database: str) -> None:
+    assert isinstance(refusal_of(ask(limit=73)), DailyBudgetExceeded)
+    assert do(ask(limit=74)).output_tokens == 64
+
+
+def test_a_profile_of_short_answers_needs_only_what_it_answers(database: str) -> None:
+    """MIN_OUTPUT_TOKENS is a floor for answers that were cut to fit, not for those that are short by design."""
+    assert do(ask(max_output_tokens=5, limit=15)).output_tokens == 5
+    assert isinstance(refusal_of(ask("user:2", max_output_tokens=5, limit=14)), DailyBudgetExceeded)
+
+
+def test_the_tightest_budget_decides_how_long_the_answer_may_be(database: str) -> None:
+    do(ask("user:2", site=210))
+    hold = do(ask(limit=1000, site=210))
+    assert (hold.output_tokens, hold.remaining) == (90, 0)
+
+
+def test_a_limit_lowered_below_what_was_used_refuses_and_shows_nothing_left(database: str) -> None:
+    hold = do(ask(limit=1000))
+    assert isinstance(refusal_of(ask(limit=50)), DailyBudgetExceeded)
+    assert do(used(hold, 60)) == 940
+    assert ledger.standing({"user:1": 50, "site": 100_000}) == (60, 0, 0)
+
+
+def test_what_is_left_counts_open_holds_and_the_tightest_budget(database: str) -> None:
+    hold = do(ask(limit=500, site=450))
+    assert hold.remaining == 340
+    do(ask(limit=500, site=450))
+    assert do(used(hold, 60)) == 450 - 60 - 110
+    assert ledger.standing({"user:1": 500, "site": 450}) == (60, 110, 280)
+    assert ledger.standing({"user:9": 500, "site": 450}) == (0, 0, 280)
+
+
+def test_asking_twice_with_one_id_holds_once(database: str) -> None:
+    """The connection broke at COMMIT: nobody knows whether it counted, so it is asked again."""
+    question = ask()
+    first = do(question)
+    assert do(question) == first
+    assert ledger.apply([question, question]) == [first, first]
+    assert counters() == (0, 110, 1)
+
+
+def test_asking_twice_in_one_transaction_holds_once(database: str) -> None:
+    question = ask()
+    first, second = ledger.apply([question, question])
+    assert first == second
+    assert counters() == (0, 110, 1)
+
+
+def test_asking_again_is_answered_even_when_nothing_else_would_fit(database: str) -> None:
+    question = ask(limit=110, rate_max_requests=1, max_concurrent_streams=1)
+    assert do(question) == do(question)
+
+
+@pytest.mark.parametrize("end", ["settled", "stopped", "expired"])
+def test_a_hold_that_is_resolved_is_never_given_out_again(database: str, clock: Clock, end: str) -> None:
+    """Its upstream may have been called already."""
+    question = ask()
+    hold = do(question)
+    if end == "settled":
+        do(given_back(hold))
+    elif end == "stopped":
+        do(stop(hold))
+    else:
+        clock.move(31)
+    assert isinstance(refusal_of(question), InternalError)
+    assert counters()[1:] == (0, 1)
+
+
+def test_many_operations_are_decided_in_turn_in_one_transaction(database: str) -> None:
+    """The second asker gets what the first one's settlement gave back."""
+    hold = do(ask(limit=184))
+    answers = ledger.apply([ask("user:2"), ask(limit=184), ask(limit=184), given_back(hold), ask(limit=184)])
+    assert [getattr(answer, "output_tokens", answer) for answer in answers[:2]] == [100, 64]
+    assert isinstance(answers[2], DailyBudgetExceeded)
+    assert answers[3] == 110
+    assert answers[4].output_tokens == 100
+
+
+# Settling: once, whole.
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 109, 110, 111, 5000], ids="{}".format)
+def test_what_was_used_is_charged_whole_less_equal_or_more_than_the_hold(
+    database: str, clock: Clock, tokens: int
+) -> None:
+    hold = do(ask(limit=1000))
+    clock.move(7)
+    assert do(used(hold, tokens)) == max(0, 1000 - tokens)
+    assert [counters(account) for account in ("user:1", "site")] == [(tokens, 0, 1)] * 2
+    row = row_of(hold)
+    assert (row.state, row.outcome, row.usage_source) == ("settled", "completed", "reported")
+    assert (row.tokens, row.tokens_charged, row.settled_at) == (110, tokens, clock.now)
+    assert (row.prompt_tokens, row.completion_tokens) == (min(10, tokens), max(0, tokens - 10))
+
+
+def test_a_budget_that_a_provider_overran_closes(database: str) -> None:
+    do(used(do(ask(limit=1000)), 1500))
+    assert isinstance(refusal_of(ask(limit=1000)), DailyBudgetExceeded)
+    assert counters() == (1500, 0, 1)
+
+
+def test_settling_twice_changes_nothing_and_answers_the_same(database: str) -> None:
+    hold = do(ask())
+    first = do(used(hold, 50))
+    before = row_of(hold).__dict__
+    assert do(used(hold, 50)) == first
+    assert do(used(hold, 9999, outcome=Outcome.CANCELLED)) == first
+    assert ledger.apply([used(hold, 1), given_back(hold)]) == [first, first]
+    assert {**row_of(hold).__dict__, "_state": 0} == {**before, "_state": 0}
+    assert counters() == (50, 0, 1)
+
+
+def test_settling_twice_in_one_transaction_charges_once(database: str) -> None:
+    hold = do(ask())
+    assert ledger.apply([used(hold, 50), used(hold, 60)]) == [950, 950]
+    assert counters() == (50, 0, 1)
+
+
+def test_a_hold_taken_and_given_back_in_one_transaction_is_resolved(database: str) -> None:
+    question = ask(max_concurrent_streams=1)
+    hold = do(question)
+    do(given_back(hold))
+    again = ask(max_concurrent_streams=1)
+    undo = given_back(Hold(**{**{f: getattr(hold, f) for f in Hold.__slots__}, "id": again.id}))
+    taken, _, next_one = ledger.apply([again, undo, ask(max_concurrent_streams=1)])
+    assert isinstance(taken, Hold)
+    assert isinstance(next_one, Hold)
+    assert row_of(again).state == "settled"
+    assert counters() == (0, 110, 3)
+
+
+def test_giving_back_a_hold_that_was_never_committed_changes_nothing(database: str) -> None:
+    hold = Hold(
+        id=uuid4(), day=ledger.today(), budgets={"user:1": 500, "site": 900}, model="m",
+        prompt_tokens=10, output_tokens=100, remaining=0,
+    )  # fmt: skip
+    assert do(given_back(hold)) == 500
+    assert do(given_back(hold)) == 500
+    assert counters() == (0, 0, 0)
+    assert not Reservation.objects.using(database).exists()
+    assert not Adjustment.objects.using(database).exists()
+
+
+def test_what_a_stream_used_counts_even_if_its_row_was_deleted_and_counts_once(database: str) -> None:
+    """Somebody removed the row to stop the stream, and repaired the sums. The provider bills all the same."""
+    hold = do(ask())
+    Reservation.objects.using(database).all().delete()
+    DailyUsage.objects.using(database).update(tokens_reserved=0, requests=0)
+    assert do(used(hold, 50)) == 950
+    assert do(used(hold, 50)) == 950
+    assert [counters(account)[:2] for account in ("user:1", "site")] == [(50, 0)] * 2
+    DailyUsage.objects.using(database).update(requests=Reservation.objects.using(database).count())
+
+
+def test_the_sums_of_a_deleted_row_settled_twice_in_one_transaction(database: str) -> None:
+    hold = do(ask())
+    Reservation.objects.using(database).all().delete()
+    DailyUsage.objects.using(database).update(tokens_reserved=0, requests=0)
+    assert ledger.apply([used(hold, 50), used(hold, 50)]) == [950, 950]
+    DailyUsage.objects.using(database).update(requests=Reservation.objects.using(database).count())
+
+
+# Leases: a crash loses nothing.
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda other: ledger.apply([]),
+        lambda other: do(ask("user:2")),
+        lambda other: do(given_back(other)),
+        lambda other: refusal_of(ask("user:2", limit=0)),
+    ],
+    ids=["looking", "reserving", "settling", "being refused"],
+)
+def test_an_expired_lease_is_charged_in_full_by_whoever_next_looks(
+    database: str, clock: Clock, look: Callable[[Hold], object]
+) -> None:
+    hold = do(ask())
+    clock.move(15)
+    other = do(ask("user:3"))
+    clock.move(15)
+    look(other)
+    row = row_of(hold)
+    assert (row.state, row.outcome, row.usage_source) == ("expired", "expired", "held")
+    assert (row.tokens_charged, row.settled_at) == (110, clock.now)
+    assert counters() == (110, 0, 1)
+    assert row_of(other).state != "expired"
+
+
+def test_a_lease_lasts_to_its_last_moment(database: str, clock: Clock, configure: Configure) -> None:
+    configure(LEASE_SECONDS=5)
+    hold = do(ask())
+    clock.move(4.999999)
+    ledger.apply([])
+    assert row_of(hold).state == "open"
+    clock.move(0.000001)
+    ledger.apply([])
+    assert row_of(hold).state == "expired"
+
+
+def test_a_renewed_lease_lives_on(database: str, clock: Clock) -> None:
+    hold, other = do(ask()), do(ask())
+    clock.move(29)
+    assert ledger.renew([hold.id]) == (set(), set())
+    clock.move(29)
+    ledger.apply([])
+    assert [row_of(h).state for h in (hold, other)] == ["open", "expired"]
+    clock.move(1)
+    ledger.apply([])
+    assert row_of(hold).state == "expired"
+
+
+def test_a_lease_that_ran_out_unseen_can_still_be_renewed(database: str, clock: Clock) -> None:
+    """The database was away for longer than a lease, and is back: the stream goes on."""
+    hold = do(ask())
+    clock.move(1000)
+    assert ledger.renew([hold.id]) == (set(), set())
+    ledger.apply([])
+    assert row_of(hold).state == "open"
+
+
+@pytest.mark.parametrize("tokens", [0, 50, 110, 170], ids="{}".format)
+def test_a_late_settlement_corrects_what_the_expired_lease_was_charged(
+    database: str, clock: Clock, tokens: int
+) -> None:
+    hold = do(ask())
+    expire_all(clock)
+    assert do(used(hold, tokens)) == 1000 - tokens
+    assert do(used(hold, tokens)) == 1000 - tokens
+    assert [counters(account) for account in ("user:1", "site")] == [(tokens, 0, 1)] * 2
+    row = row_of(hold)
+    assert (row.state, row.outcome, row.usage_source) == ("expired", "expired", "reported")
+    assert (row.tokens_charged, row.prompt_tokens + row.completion_tokens) == (110, tokens)
+    adjustments = Adjustment.objects.using(database).order_by("account")
+    expected = [("site", tokens - 110), ("user:1", tokens - 110)] if tokens != 110 else []
+    assert [(a.account, a.tokens) for a in adjustments] == expected
+    assert all(str(hold.id) in a.reason and a.actor == "" for a in adjustments)
+    assert all((a.day, a.created_at) == (hold.day, clock.now) for a in adjustments)
+
+
+def test_a_late_settlement_twice_in_one_transaction_corrects_once(database: str, clock: Clock) -> None:
+    hold = do(ask())
+    expire_all(clock)
+    assert ledger.apply([used(hold, 50), used(hold, 20)]) == [950, 950]
+
+
+def test_a_settlement_after_the_lease_that_nobody_has_charged_yet_is_simply_on_time(
+    database: str, clock: Clock
+) -> None:
+    hold, other = do(ask()), do(ask())
+    clock.move(3600)
+    do(used(hold, 50))
+    assert (row_of(hold).state, row_of(hold).tokens_charged) == ("settled", 50)
+    assert row_of(other).state == "expired"
+    assert counters() == (160, 0, 2)
+
+
+def test_a_late_refund_opens_the_budget_again(database: str, clock: Clock) -> None:
+    hold = do(ask(limit=110))
+    expire_all(clock)
+    assert isinstance(refusal_of(ask(limit=110)), DailyBudgetExceeded)
+    assert do(given_back(hold)) == 110
+    assert do(ask(limit=110)).output_tokens == 100
+
+
+def test_leases_of_many_days_and_payers_expire_together(database: str, clock: Clock) -> None:
+    holds = ledger.apply([ask(f"user:{n}") for n in range(20)])
+    clock.move(86_400 * 3)
+    ledger.apply([ask("user:3")])
+    assert {row_of(hold).state for hold in holds} == {"expired"}
+    assert counters("site", holds[0].day) == (20 * 110, 0, 20)
+    assert counters("site") == (0, 110, 1)
+
+
+# Streams at once.
+
+
+def test_a_payer_has_only_so_many_streams_at_once_and_others_are_not_in_its_way(database: str) -> None:
+    first, second = (do(ask(max_concurrent_streams=2)) for _ in range(2))
+    refusal = refusal_of(ask(max_concurrent_streams=2))
+    assert isinstance(refusal, TooManyStreams)
+    assert refusal.retry_after
+    do(ask("user:2", max_concurrent_streams=1))
+    do(used(first, 50))
+    do(ask(max_concurrent_streams=2))
+    do(stop(second))
+    do(ask(max_concurrent_streams=2))
+    assert isinstance(refusal_of(ask(max_concurrent_streams=2)), TooManyStreams)
+
+
+def test_streams_are_counted_within_one_transaction_too(database: str) -> None:
+    first, *rest = ledger.apply([ask(max_concurrent_streams=1) for _ in range(3)])
+    assert [type(answer) for answer in rest] == [TooManyStreams] * 2
+    answers = ledger.apply(
+        [ask(max_concurrent_streams=1), used(first, 50), ask(max_concurrent_streams=1), ask(max_concurrent_streams=1)]
+    )
+    assert [type(answer) for answer in answers] == [TooManyStreams, int, Hold, TooManyStreams]
+
+
+def test_no_stream_means_no_stream(database: str) -> None:
+    assert isinstance(refusal_of(ask(max_concurrent_streams=0)), TooManyStreams)
+
+
+def test_a_slot_never_leaks_past_its_lease(database: str, clock: Clock) -> None:
+    do(ask(max_concurrent_streams=1))
+    clock.move(29.9)
+    assert isinstance(refusal_of(ask(max_concurrent_streams=1)), TooManyStreams)
+    clock.move(0.1)
+    do(ask(max_concurrent_streams=1))
+
+
+def test_a_late_settlement_frees_no_slot_twice(database: str, clock: Clock) -> None:
+    """The slot of a lease that ran out is free already; its settlement must not free the next stream's."""
+    hold = do(ask(max_concurrent_streams=1))
+    clock.move(31)
+    answers = ledger.apply(
+        [ask(max_concurrent_streams=1), used(hold, 50), ask(max_concurrent_streams=1), used(hold, 50)]
+    )
+    assert [type(answer) for answer in answers] == [Hold, int, TooManyStreams, int]
+    assert isinstance(refusal_of(ask(max_concurrent_streams=1)), TooManyStreams)
+
+
+def test_a_stream_that_is_renewed_keeps_its_slot(database: str, clock: Clock) -> None:
+    hold = do(ask(max_concurrent_streams=1))
+    for _ in range(5):
+        clock.move(20)
+        ledger.renew([hold.id])
+        assert isinstance(refusal_of(ask(max_concurrent_streams=1)), TooManyStreams)
+
+
+def test_yesterdays_streams_still_take_their_payers_slots(database: str, clock: Clock) -> None:
+    clock.set("2026-11-22T23:59:50+00:00")
+    hold = do(ask(max_concurrent_streams=1))
+    clock.move(15)
+    assert isinstance(refusal_of(ask(max_concurrent_streams=1)), TooManyStreams)
+    answers = ledger.apply([used(hold, 50), ask(max_concurrent_streams=1)])
+    assert [type(answer) for answer in answers] == [int, Hold]
+
+
+# Rates.
+
+
+def test_a_burst_fills_the_window_and_waits_as_long_as_it_was_told(database: str, clock: Clock) -> None:
+    hold_times = []
+    for _ in range(40):
+        try:
+            do(ask(rate_max_requests=5))
+            hold_times.append(clock.now)
+        except RateLimited as refusal:
+            clock.move(refusal.retry_after - 1)
+            assert isinstance(refusal_of(ask(rate_max_requests=5)), RateLimited), "it could have come sooner"
+            clock.move(1)
+            do(ask(rate_max_requests=5))
+            hold_times.append(clock.now)
+    for at in hold_times:
+        assert sum(at <= other < at + timedelta(seconds=60) for other in hold_times) <= 10
+
+
+def test_refused_requests_do_not_count(database: str, clock: Clock) -> None:
+    do(ask(rate_max_requests=1))
+    waits = [refusal_of(ask(rate_max_requests=1)).retry_after for _ in range(10)]
+    assert waits == [waits[0]] * 10
+    assert isinstance(refusal_of(ask(limit=0)), DailyBudgetExceeded)
+    assert isinstance(refusal_of(ask(max_concurrent_streams=0)), TooManyStreams)
+    assert [row.count for row in RateWindow.objects.using(database)] == [1]
+
+
+def test_the_window_slides(database: str, clock: Clock) -> None:
+    """Half a window on, half of the previous one's requests still count."""
+    for _ in range(10):
+        do(ask(rate_max_requests=10))
+    assert isinstance(refusal_of(ask(rate_max_requests=10)), RateLimited)
+    clock.move(90)
+    answers = ledger.apply([ask(rate_max_requests=10) for _ in range(7)])
+    assert [type(answer) for answer in answers] == [Hold] * 5 + [RateLimited] * 2
+    clock.move(90)
+    answers = ledger.apply([ask(rate_max_requests=10) for _ in range(9)])
+    assert [type(answer) for answer in answers] == [Hold] * 7 + [RateLimited] * 2, "half of 5 is 2.5"
+    clock.move(200)
+    assert do(ask(rate_max_requests=1))
+
+
+def test_each_payer_has_a_rate_of_its_own(database: str, clock: Clock) -> None:
+    do(ask(rate_max_requests=1))
+    do(ask("user:2", rate_max_requests=1))
+    assert isinstance(refusal_of(ask(rate_max_requests=1)), RateLimited)
+
+
+def test_windows_of_different_lengths_are_different_windows(database: str, clock: Clock) -> None:
+    do(ask(rate_max_requests=1, rate_window_seconds=60))
+    do(ask(rate_max_requests=1, rate_window_seconds=300))
+    answers = ledger.apply(
+        [
+            ask(rate_max_requests=1, rate_window_seconds=60),
+            ask(rate_max_requests=1, rate_window_seconds=300),
+            ask(rate_max_requests=2, rate_window_seconds=60),
+            ask(rate_max_requests=2, rate_window_seconds=300),
+            ask(rate_max_requests=2, rate_window_seconds=300),
+        ]
+    )
+    assert [type(answer) for answer in answers] == [RateLimited, RateLimited, Hold, Hold, RateLimited]
+
+
+def test_a_rate_is_counted_over_midnight(database: str, clock: Clock) -> None:
+    """The window from 23:59:30 to 00:00:30 belongs to two days, and to one rate."""
+    clock.set("2026-11-22T23:59:50+00:00")
+    do(ask(rate_max_requests=2, rate_window_seconds=7200))
+    clock.move(20)
+    do(ask(rate_max_requests=2, rate_window_seconds=7200))
+    assert isinstance(refusal_of(ask(rate_max_requests=2, rate_window_seconds=7200)), RateLimited)
+
+
+def test_a_rate_of_nothing_admits_nobody(database: str, clock: Clock) -> None:
+    refusal = refusal_of(ask(rate_max_requests=0))
+    assert isinstance(refusal, RateLimited)
+    assert refusal.retry_after
+
+
+def test_the_rate_is_said_before_the_budget(database: str, clock: Clock) -> None:
+    """Who is told to come back tomorrow for a rate that passes in a minute would."""
+    do(ask(limit=110, rate_max_requests=1, max_concurrent_streams=1))
+    full = {"limit": 110, "max_concurrent_streams": 1}
+    assert isinstance(refusal_of(ask(**full, rate_max_requests=1)), RateLimited)
+    assert isinstance(refusal_of(ask(**full)), TooManyStreams)
+    assert isinstance(refusal_of(ask(limit=110)), DailyBudgetExceeded)
+
+
+@given(
+    limit=st.integers(1, 60),
+    current=st.integers(0, 60),
+    previous=st.integers(0, 60),
+    window=st.integers(1, 3600),
+    second=st.integers(0, 3599),
+)
+def test_a_wait_is_long_enough_and_not_a_second_too_long(
+    limit: int, current: int, previous: int, window: int, second: int
+) -> None:
+    """Every wait that is told is kept: against a window counted out second by second, in whole numbers."""
+
+    def fits(later: int) -> bool:
+        passed, into = divmod(second % window + later, window)
+        this, last = [(current, previous), (0, current), (0, 0)][min(passed, 2)]
+        return this * window + last * (window - into) <= (limit - 1) * window
+
+    wait = rate_wait(limit, current, previous, second % window / window)
+    told = RateLimited(retry_after=wait * window).retry_after if wait > 0 else 0
+    soonest = next(later for later in range(2 * window + 1) if fits(later))
+    assert told == soonest
+
+
+# Days.
+
+
+def test_a_budget_is_renewed_at_local_midnight(database: str, clock: Clock, configure: Configure) -> None:
+    configure(TIME_ZONE="America/New_York")
+    clock.set("2026-11-23T04:30:00+00:00")
+    do(ask(limit=110))
+    refusal = refusal_of(ask(limit=110))
+    assert refusal.retry_after == 1800
+    clock.move(1799)
+    assert isinstance(refusal_of(ask(limit=110)), DailyBudgetExceeded)
+    clock.move(1)
+    assert do(ask(limit=110)).day == date(2026, 11, 23)
+
+
+@pytest.mark.parametrize(
+    ("begins", "hours"),
+    [("2026-03-28T23:00:00+00:00", 23), ("2026-10-24T22:00:00+00:00", 25), ("2026-06-01T22:00:00+00:00", 24)],
+)
+@on_sqlite
+def test_a_day_is_as_long_as_its_clocks_say(
+    database: str, clock: Clock, configure: Configure, begins: str, hours: int
+) -> None:
+    configure(TIME_ZONE="Europe/Berlin")
+    clock.set(begins)
+    first = do(ask(limit=110))
+    assert refusal_of(ask(limit=110)).retry_after == hours * 3600
+    clock.move(hours * 3600 - 1)
+    assert isinstance(refusal_of(ask(limit=110)), DailyBudgetExceeded)
+    clock.move(1)
+    assert do(ask(limit=110)).day == first.day + timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    "zone",
+    ["UTC", "Europe/Berlin", "America/Havana", "Africa/Cairo", "Asia/Beirut", "Pacific/Apia", "Australia/Lord_Howe"],
+)
+def test_every_day_ends_at_its_midnight_in_zones_that_skip_or_repeat_it(zone: str, configure: Configure) -> None:
+    configure(TIME_ZONE=zone)
+    there = ZoneInfo(zone)
+    for n in range(0, 366 * 16):
+        day = date(2011, 1, 1) + timedelta(days=n)
+        end = ledger.day_ends(day)
+        assert ledger.today(end - timedelta(microseconds=1)) <= day < ledger.today(end), (day, end)
+        if ledger.today(datetime(day.year, day.month, day.day, 12, tzinfo=there)) == day:  # Apia skipped one
+            assert ledger.today(end - timedelta(microseconds=1)) == day
+
+
+def test_a_stream_over_midnight_settles_into_the_day_that_reserved_it(database: str, clock: Clock) -> None:
+    clock.set("2026-11-22T23:59:59+00:00")
+    hold = do(ask())
+    clock.move(2)
+    today = do(ask())
+    assert do(used(hold, 50)) == 950
+    assert counters(day=hold.day) == (50, 0, 1)
+    assert counters(day=today.day) == (0, 110, 1)
+
+
+def test_a_stream_over_midnight_expires_into_the_day_that_reserved_it(database: str, clock: Clock) -> None:
+    clock.set("2026-11-22T23:59:59+00:00")
+    hold = do(ask())
+    expire_all(clock)
+    assert counters(day=hold.day) == (110, 0, 1)
+    assert counters() == (0, 0, 0)
+    do(used(hold, 30))
+    assert counters(day=hold.day) == (30, 0, 1)
+
+
+def test_asking_again_after_midnight_finds_yesterdays_hold(database: str, clock: Clock) -> None:
+    """Asked at 23:59:59, lost at COMMIT, asked again at 00:00:00."""
+    clock.set("2026-11-22T23:59:59+00:00")
+    question = ask()
+    hold = do(question)
+    clock.move(1)
+    assert do(question) == hold
+
+
+def test_a_hold_lost_at_commit_is_given_back_after_midnight_too(database: str, clock: Clock) -> None:
+    clock.set("2026-11-22T23:59:59+00:00")
+    question = ask()
+    hold = do(question)
+    clock.move(1)
+    do(given_back(Hold(**{**{f: getattr(hold, f) for f in Hold.__slots__}, "day": question.day})))
+    assert counters(day=hold.day) == (0, 0, 1)
+
+
+# Operators.
+
+
+def test_a_stop_charges_the_hold_until_the_stream_says_what_it_used(database: str, clock: Clock) -> None:
+    hold = do(ask())
+    assert do(stop(hold)) is True
+    row = row_of(hold)
+    assert (row.state, row.outcome, row.usage_source) == ("settled", "stopped", "held")
+    assert (row.tokens_charged, row.settled_at) == (110, clock.now)
+    assert ledger.renew([hold.id]) == ({hold.id}, set())
+    assert do(used(hold, 30, outcome=Outcome.STOPPED, source=UsageSource.COUNTED)) == 970
+    assert do(used(hold, 40)) == 970
+    assert (row_of(hold).outcome, row_of(hold).usage_source) == ("stopped", "counted")
+    assert counters() == (30, 0, 1)
+
+
+def test_only_what_is_open_can_be_stopped(database: str, clock: Clock) -> None:
+    settled, expired = do(ask()), do(ask())
+    do(used(settled, 50))
+    clock.move(31)
+    assert ledger.apply([stop(settled), stop(expired), stop(expired)]) == [False] * 3
+    unknown = Stop(id=uuid4(), day=settled.day, accounts=["user:1", "site"])
+    assert do(unknown) is False
+    assert row_of(settled).outcome == "completed"
+    assert counters() == (160, 0, 2)
+
+
+def test_a_stop_twice_is_a_stop_once(database: str) -> None:
+    hold = do(ask())
+    assert ledger.apply([stop(hold), stop(hold)]) == [True, False]
+    assert counters() == (110, 0, 1)
+
+
+def test_a_renewal_tells_which_streams_must_end(database: str, clock: Clock) -> None:
+    live, stopped, settled, expired, removed = (do(ask()) for _ in range(5))
+    do(stop(stopped))
+    do(used(settled, 50))
+    do(given_back(removed))
+    DailyUsage.objects.using(database).update(requests=4)
+    row_of(removed).delete()
+    clock.move(29)
+    ledger.renew([live.id])
+    clock.move(2)
+    ledger.apply([])
+    everyone = [hold.id for hold in (live, stopped, settled, expired, removed)]
+    assert ledger.renew([live.id]) == (set(), set())
+    # An expired lease is charged in full, and its stream may finish: a late settlement corrects it.
+    assert ledger.renew(everyone) == ({stopped.id, settled.id, removed.id}, set())
+
+
+def test_a_renewal_tells_who_is_paused(database: str) -> None:
+    Account.objects.using(database).create(name="user:1", paused=True)
+    Account.objects.using(database).create(name="user:2")
+    assert ledger.renew([]) == (set(), {"user:1"})
+    assert ledger.renew([do(ask()).id]) == (set(), {"user:1"})
+
+
+def test_a_reset_forgives_what_was_used_and_keeps_what_is_held(database: str, clock: Clock) -> None:
+    do(used(do(ask()), 500))
+    hold = do(ask())
+    assert do(Reset(day=hold.day, account="user:1", reason="a gift", actor="admin")) == 500
+    assert counters() == (0, 110, 2)
+    assert counters("site") == (500, 110, 2)
+    (adjustment,) = Adjustment.objects.using(database)
+    assert (adjustment.account, adjustment.tokens, adjustment.day) == ("user:1", -500, hold.day)
+    assert (adjustment.reason, adjustment.actor, adjustment.created_at) == ("a gift", "admin", clock.now)
+    assert do(used(hold, 60)) == 940
+
+
+def test_a_reset_of_nothing_writes_nothing(database: str) -> None:
+    today = ledger.today()
+    assert ledger.apply([Reset(day=today, account="user:1", reason="")] * 2) == [0, 0]
+    assert not Adjustment.objects.using(database).exists()
+
+
+def test_a_reset_opens_an_overrun_budget(database: str) -> None:
+    do(used(do(ask()), 2000))
+    do(Reset(day=ledger.today(), account="user:1", reason=""))
+    assert do(ask()).remaining == 890
+
+
+def test_a_reset_charges_overdue_leases_first(database: str, clock: Clock) -> None:
+    hold = do(ask())
+    clock.move(31)
+    assert do(Reset(day=hold.day, account="user:1", reason="")) == 110
+    assert counters() == (0, 0, 1)
+
+
+@pytest.mark.parametrize("tokens", [0, 50, 110, 300], ids="{}".format)
+def test_what_a_reset_forgave_is_not_refunded_a_second_time(database: str, clock: Clock, tokens: int) -> None:
+    """A refund after a reset would be taken out of what others have used since."""
+    hold = do(ask())
+    do(stop(hold))
+    clock.move(1)
+    do(Reset(day=hold.day, account="user:1", reason="", actor="admin"))
+    clock.move(1)
+    do(used(do(ask()), 100))
+    do(used(hold, tokens))
+    assert counters() == (100 + max(0, tokens - 110), 0, 2)
+    assert counters("site") == (100 + tokens, 0, 2)
+
+
+def test_a_hold_charged_after_the_reset_is_refunded(database: str, clock: Clock) -> None:
+    hold = do(ask())
+    do(Reset(day=hold.day, account="user:1", reason="", actor="admin"))
+    clock.move(1)
+    do(used(do(ask()), 100))
+    do(stop(hold))
+    do(used(hold, 30))
+    assert counters() == (130, 0, 2)
+
+
+# Two processes at once.
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[[Callable[[], object]], Callable[[], Any]]]:
+    """Runs work in a thread with a connection of its own, as another process would; returns how to join it."""
+    threads = []
+
+    def process(work: Callable[[], object]) -> Callable[[], Any]:
+        result: list[object] = []
+
+        def run() -> None:
+            try:
+                result.append(work())
+            except Exception as error:
+                result.append(error)
+            finally:
+                connections.close_all()
+
+        thread = threading.Thread(target=run)
+        threads.append(thread)
+        thread.start()
+
+        def join() -> Any:
+            thread.join(20)
+            assert result, "it never ended"
+            if isinstance(result[0], Exception):
+                raise result[0]
+            return result[0]
+
+        return join
+
+    yield process
+    for thread in threads:
+        thread.join(20)
+
+
+def waiting_for_locks(alias: str) -> int:
+    with connections[alias].cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        return cursor.fetchone()[0]
