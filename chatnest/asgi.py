@@ -19,7 +19,7 @@ from django.db import connections
 
 T = TypeVar("T")
 
-IDLE_THREADS: Final = 16
+IDLE_THREADS: Final = 64
 
 
 class BorrowedThread(Executor):

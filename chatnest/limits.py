@@ -7,7 +7,7 @@ finite number becomes the strictest one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -101,17 +101,17 @@ def is_cap(name: str, cap: object) -> bool:
     return bool((is_number(cap) if name == "temperature" else is_whole(cap)) and cap >= 0)
 
 
-def clamp(limits: Limits | Mapping[str, Any], caps: Limits) -> Limits:
+def clamp(limits: Limits, caps: Limits) -> Limits:
     """``limits`` within ``caps``: at most, but for the rate window, whose shortening would loosen it."""
-    typed = limits if isinstance(limits, Mapping) else asdict(limits)
     return Limits(
-        temperature=_temperature(typed.get("temperature"), caps.temperature),
-        rate_window_seconds=max(_whole(typed.get("rate_window_seconds")), caps.rate_window_seconds, 1),
-        **{
-            name: min(_whole(typed.get(name)), getattr(caps, name))
-            for name in FIELDS
-            if name not in ("temperature", "rate_window_seconds")
-        },
+        max_output_tokens=min(_whole(limits.max_output_tokens), caps.max_output_tokens),
+        max_messages=min(_whole(limits.max_messages), caps.max_messages),
+        temperature=_temperature(limits.temperature, caps.temperature),
+        daily_token_limit=min(_whole(limits.daily_token_limit), caps.daily_token_limit),
+        max_tokens_per_request=min(_whole(limits.max_tokens_per_request), caps.max_tokens_per_request),
+        rate_max_requests=min(_whole(limits.rate_max_requests), caps.rate_max_requests),
+        rate_window_seconds=max(_whole(limits.rate_window_seconds), caps.rate_window_seconds, 1),
+        max_concurrent_streams=min(_whole(limits.max_concurrent_streams), caps.max_concurrent_streams),
     )
 
 
@@ -119,10 +119,10 @@ def _whole(value: object) -> int:
     return max(0, int(value)) if is_number(value) else 0  # type: ignore[call-overload, no-any-return]
 
 
-def _temperature(value: object, cap: float | None) -> float | None:
+def _temperature(value: Any, cap: float | None) -> float | None:
     if value is None:
         return None
-    return min(max(0.0, float(value)), cap or 0.0) if is_number(value) else 0.0  # type: ignore[arg-type]
+    return min(max(0.0, value), cap or 0.0) if is_number(value) else 0.0
 
 
 class Tightening(Protocol):

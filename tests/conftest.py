@@ -15,9 +15,13 @@ from chatnest.batcher import batcher
 from chatnest.limits import DEFAULT_PROFILES
 from chatnest.models import Profile, Reservation
 from chatnest.testing import FakeUpstream
+from hypothesis import settings as hypothesis_settings
 from project.asgi import application
 
 from .client import Client
+
+hypothesis_settings.register_profile("shared machine", deadline=None)
+hypothesis_settings.load_profile("shared machine")
 
 Configure = Callable[..., None]
 Settled = Callable[[], list[Reservation]]

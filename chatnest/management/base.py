@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Collection
 from datetime import date
-from typing import Any
+from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error, IntegrityError
@@ -15,6 +16,8 @@ from django.utils.connection import ConnectionDoesNotExist
 from ..accounts import SITE
 from ..conf import settings
 from ..models import DailyUsage
+
+PROGRESS_SECONDS: Final = 1.0
 
 
 class OperatorCommand(BaseCommand):
@@ -48,9 +51,18 @@ class OperatorCommand(BaseCommand):
 
     @property
     def progress(self) -> Callable[[str], object] | None:
-        """Where to say how far it is: on a terminal, or in a log with ``--verbosity 2``."""
-        wanted = self.verbosity > 1 or (self.verbosity and self.stderr.isatty())
-        return self.stderr.write if wanted else None
+        """Says how far it is, now and then: on a terminal, or in a log with ``--verbosity 2``."""
+        if not (self.verbosity > 1 or (self.verbosity and self.stderr.isatty())):
+            return None
+        said_at = time.monotonic()
+
+        def progress(text: str) -> None:
+            nonlocal said_at
+            if time.monotonic() - said_at >= PROGRESS_SECONDS:
+                said_at = time.monotonic()
+                self.stderr.write(text, str)
+
+        return progress
 
 
 def usage(accounts: Collection[str] | None = None, **lookups: Any) -> QuerySet[DailyUsage]:

@@ -11,8 +11,8 @@ from ..base import OperatorCommand, count, days_earlier, positive
 
 class Command(OperatorCommand):
     help = (
-        "Delete old reservations, adjustments and rate windows. Every account's usage of every day stays, and "
-        "chatnest_verify can still prove it. Safe while the site serves; may be interrupted and run again."
+        "Delete old reservations, adjustments and rate windows. Every account's usage of every day stays, "
+        "and chatnest_verify can still prove it. Safe while the site serves, and to interrupt and run again."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Collection, Set
 from datetime import date
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from django.core.management.base import CommandError, CommandParser
 
@@ -11,7 +11,7 @@ from chatnest import ledger
 from chatnest.accounts import SITE
 from chatnest.conf import settings
 from chatnest.ledger import Reset
-from chatnest.models import Account, DailyUsage, Reservation
+from chatnest.models import Account, Reservation
 
 from .. import base
 from ..base import count, usage
@@ -22,9 +22,9 @@ BATCH: Final = 500  # accounts a transaction: live requests wait for no more tha
 
 class Command(base.OperatorCommand):
     help = (
-        "Forgive the tokens that accounts have used of a day's budget, so that they may chat again. Each account has "
-        "a budget of its own: to reset user:7 does not reset site. Open streams keep what they have reserved. "
-        "Each reset is recorded as an adjustment, with the name of who ran this."
+        "Forgive the tokens that accounts have used of a day's budget, so that they may chat again. "
+        "Each account has a budget of its own: to reset user:7 does not reset site. Open streams keep what "
+        "they have reserved. Each reset is recorded as an adjustment, with the name of who ran this."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -85,8 +85,7 @@ class Command(base.OperatorCommand):
             batch = accounts[start : start + BATCH]
             resets = [Reset(day=day, account=name, reason=REASON, actor=actor) for name in batch]
             for name, forgiven in zip(batch, ledger.apply(resets), strict=True):
-                assert isinstance(forgiven, int)
-                self.say(f"{name}: forgave {count(forgiven, 'token')}")
+                self.say(f"{name}: forgave {count(cast('int', forgiven), 'token')}")
 
     def mention_streams(self, day: date, accounts: Set[str]) -> None:
         rows = Reservation.objects.using(settings.DATABASE_ALIAS).open().filter(day=day)
@@ -109,8 +108,8 @@ def refuse_unknown(accounts: Collection[str]) -> None:
     known.update(usage(accounts).values_list("account", flat=True))
     if unknown := [name for name in accounts if name not in known]:
         raise CommandError(
-            f"No such account: {', '.join(unknown)}. Nothing was reset. Accounts are named like site, user:7 or "
-            "ip:192.0.2.1; chatnest_usage lists those that used anything."
+            f"No such account: {', '.join(unknown)}. Nothing was reset. Accounts are named like site, "
+            "user:7 or ip:192.0.2.1; chatnest_usage lists those that used anything."
         )
 
 

@@ -30,8 +30,8 @@ class Command(OperatorCommand):
         remaining = sum(not discrepancy.repaired for discrepancy in found)
         if remaining and repair:
             raise CommandError(
-                f"{count(remaining, 'difference')} not repaired: these rows add up to less than nothing, which no "
-                "counter can hold. Somebody deleted or edited a reservation or an adjustment."
+                f"{count(remaining, 'difference')} not repaired: those rows add up to less than nothing, "
+                "which no counter can hold. Somebody deleted or edited a reservation or an adjustment."
             )
         if remaining:
             raise CommandError(
