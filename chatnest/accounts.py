@@ -30,7 +30,8 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
     if payer := payer_callable():
         try:
             answer = payer(request, accounts)
-            accounts = list(await answer if isawaitable(answer) else answer)
+            answer = await answer if isawaitable(answer) else answer
+            accounts = [answer] if isinstance(answer, str) else list(answer)
         except PermissionDenied:
             raise Forbidden() from None
     if not accounts:

@@ -25,7 +25,9 @@ class ProfileAdmin(admin.ModelAdmin):
             _("Limits"),
             {
                 "fields": tuple((name, f"{name}_in_force") for name in FIELDS),
-                "description": _("Whatever is typed here, the code's HARD_CAPS still apply: see what is in force."),
+                "description": _(
+                    "Whatever is typed here, the code's HARD_CAPS still apply: see what is in force."
+                ),
             },
         ),
     )
@@ -41,7 +43,9 @@ def _in_force(name: str) -> Any:
         shown = _("not sent") if value is None else f"{value:,}"
         if value == typed:
             return str(shown)
-        return format_html('<strong title="{}">{}</strong>', _("%s was typed, HARD_CAPS allow this") % typed, shown)
+        return format_html(
+            '<strong title="{}">{}</strong>', _("%s was typed, HARD_CAPS allow this") % typed, shown
+        )
 
     return in_force
 
@@ -72,14 +76,31 @@ class LedgerAdmin(admin.ModelAdmin):
 
 @admin.register(DailyUsage)
 class DailyUsageAdmin(LedgerAdmin):
-    list_display = ("day", "account", "tokens_used", "tokens_reserved", "prompt_tokens", "completion_tokens", "requests")
+    list_display = (
+        "day",
+        "account",
+        "tokens_used",
+        "tokens_reserved",
+        "prompt_tokens",
+        "completion_tokens",
+        "requests",
+    )
     date_hierarchy = "day"
     search_fields = ("account",)
 
 
 @admin.register(Reservation)
 class ReservationAdmin(LedgerAdmin):
-    list_display = ("created_at", "payer", "profile", "state", "outcome", "tokens", "tokens_charged", "usage_source")
+    list_display = (
+        "created_at",
+        "payer",
+        "profile",
+        "state",
+        "outcome",
+        "tokens",
+        "tokens_charged",
+        "usage_source",
+    )
     list_filter = ("state", "outcome", "usage_source", "profile")
     search_fields = ("payer", "id")
 

@@ -3,7 +3,8 @@
     from chatnest.asgi import get_asgi_application
 
 asgiref makes a thread for each request that runs sync code, and another to wait for its end; and Django runs
-some in every request, to close the response. Here a request borrows a thread while it needs one.
+some for every request, if only to look after database connections that an async view never opened. Here a
+request borrows a thread when it needs one, and the connections are looked after when it hands the thread back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, Final, TypeVar
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from django.core.asgi import get_asgi_application as get_django_application
-from django.db import connections
+from django.core import signals
+from django.db import close_old_connections, connections, reset_queries
 
 T = TypeVar("T")
 
@@ -25,7 +27,7 @@ IDLE_THREADS: Final = 64
 class BorrowedThread(Executor):
     """One request's thread, as asgiref wants it: one call at a time, always in the same thread.
 
-    ``shutdown`` hands the thread back once its calls are done; a later call borrows again.
+    ``shutdown`` hands the thread back, to be used once its calls are done; a later call borrows again.
     """
 
     _idle: Final[list[ThreadPoolExecutor]] = []
@@ -44,9 +46,12 @@ class BorrowedThread(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         thread, self._thread = self._thread, None
-        if thread is not None and len(self._idle) < IDLE_THREADS:
+        if thread is None:
+            return
+        thread.submit(_look_after_connections)
+        if len(self._idle) < IDLE_THREADS:
             self._idle.append(thread)
-        elif thread is not None:
+        else:
             thread.shutdown(wait=False)
 
 
@@ -73,12 +78,22 @@ def _close_connections() -> None:
             connection.close()
 
 
+def _look_after_connections() -> None:
+    reset_queries()
+    close_old_connections()
+
+
 Application = Callable[[Scope, ASGIReceiveCallable, ASGISendCallable], Any]
 
 
 def get_asgi_application() -> Application:
     """What ``django.core.asgi.get_asgi_application`` returns, with threads shared by the process's requests."""
-    return share_threads(get_django_application())  # type: ignore[arg-type]
+    application = get_django_application()
+    # For these, Django's every request would go to a thread twice more.
+    signals.request_started.disconnect(reset_queries)
+    signals.request_started.disconnect(close_old_connections)
+    signals.request_finished.disconnect(close_old_connections)
+    return share_threads(application)  # type: ignore[arg-type]
 
 
 def share_threads(application: Application) -> Application:

@@ -3,7 +3,7 @@
     tokens_reserved = the sum of open reservations
     tokens_used     = the sum of charges + the sum of adjustments
 
-and, until a day is pruned, prompt and completion tokens are the sums of its reservations'.
+and, until a day is pruned, its prompt and completion tokens and its requests are those of its reservations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import date, timedelta
 from typing import Any, Final
 
 from django.db import models, transaction
-from django.db.models import Case, CharField, F, Q, QuerySet, Sum, TextField, Value, When
+from django.db.models import Case, CharField, Count, F, Q, QuerySet, Sum, TextField, Value, When
 from django.db.models.functions import Cast
 from django.utils import timezone
 
@@ -30,7 +30,7 @@ BATCH: Final = 1000
 GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may yet be settled
 
 # What is proven; of an account and day that were pruned, only the first two still can be.
-FIELDS: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens")
+FIELDS: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
 
 Progress = Callable[[str], object]
 
@@ -124,14 +124,15 @@ def _read(day: date) -> Iterator[tuple[Any, ...]]:
             used=Sum("tokens_charged"),
             prompt=Sum("prompt_tokens"),
             completion=Sum("completion_tokens"),
+            number=Count("id"),
         )
-        .values_list("kind", "name", "reserved", "used", "prompt", "completion")
+        .values_list("kind", "name", "reserved", "used", "prompt", "completion", "number")
     )
     adjusted = (
         _all(Adjustment, day=day)
         .values(kind=kind, name=F("account"))
         .annotate(used=Sum("tokens"))
-        .values_list("kind", "name", nothing, "used", nothing, nothing)
+        .values_list("kind", "name", nothing, "used", nothing, nothing, nothing)
     )
     return stored.union(charged, adjusted, all=True).iterator()
 

@@ -172,7 +172,9 @@ class Batcher:
         if self._thread is None and self._starting.acquire(blocking=False):
             try:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=Worker(self).run, name="chatnest-ledger", daemon=True)
+                    self._thread = threading.Thread(
+                        target=Worker(self).run, name="chatnest-ledger", daemon=True
+                    )
                     self._thread.start()
             finally:
                 self._starting.release()
@@ -206,7 +208,9 @@ class Worker:
             self._work([job for job in jobs if job])
         if self._kept:
             self._work([])
-            logger.error("Ending with %d settlements unwritten: their leases charge the full hold", len(self._kept))
+            logger.error(
+                "Ending with %d settlements unwritten: their leases charge the full hold", len(self._kept)
+            )
         connections.close_all()
 
     def _gather(self) -> list[Job | None]:

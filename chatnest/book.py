@@ -30,7 +30,6 @@ MOST_OVERDUE: Final = 500
 State, UsageSource = Reservation.State, Reservation.UsageSource
 
 
-
 class Held(msgspec.Struct, eq=False):
     """A reservation's row, but for what is only written when it opens."""
 
@@ -173,7 +172,7 @@ class Book:
         if payers := [*{payer for payer, _ in self._rates}]:
             sql = (
                 f'SELECT "payer", COUNT(*) FROM {table(Reservation)} '  # noqa: S608
-                "WHERE \"state\" = 'open' AND \"expires_at\" > %s AND \"payer\" IN %s GROUP BY \"payer\""
+                'WHERE "state" = \'open\' AND "expires_at" > %s AND "payer" IN %s GROUP BY "payer"'
             )
             yield statement(sql, self._time(self.now), payers), take
 
@@ -182,8 +181,8 @@ class Book:
             self.overdue = [UUID(str(id)) for (id,) in rows]
 
         sql = (
-            f"SELECT \"id\" FROM {table(Reservation)} "  # noqa: S608
-            f"WHERE \"state\" = 'open' AND \"expires_at\" <= %s LIMIT {MOST_OVERDUE}"
+            f'SELECT "id" FROM {table(Reservation)} '  # noqa: S608
+            f'WHERE "state" = \'open\' AND "expires_at" <= %s LIMIT {MOST_OVERDUE}'
         )
         yield statement(sql, self._time(self.now)), take
 

@@ -21,7 +21,11 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     if not isinstance(typed, dict):
         return [Error("CHATNEST must be a dict.", id="chatnest.E001")]
     unknown = [
-        Error(f"CHATNEST[{name!r}] is not a setting.", hint=f"Known are {', '.join(sorted(NAMES))}.", id="chatnest.E002")
+        Error(
+            f"CHATNEST[{name!r}] is not a setting.",
+            hint=f"Known are {', '.join(sorted(NAMES))}.",
+            id="chatnest.E002",
+        )
         for name in typed
         if name not in NAMES
     ]
@@ -38,10 +42,16 @@ def _check_caps() -> list[CheckMessage]:
     for name, cap in settings.HARD_CAPS.items():
         if name not in FIELDS:
             messages.append(
-                Error(f"HARD_CAPS[{name!r}] is not a limit.", hint=f"Known are {', '.join(FIELDS)}.", id="chatnest.E004")
+                Error(
+                    f"HARD_CAPS[{name!r}] is not a limit.",
+                    hint=f"Known are {', '.join(FIELDS)}.",
+                    id="chatnest.E004",
+                )
             )
         elif not is_cap(name, cap):
-            messages.append(Error(f"HARD_CAPS[{name!r}] must be a number, 0 or more, not {cap!r}.", id="chatnest.E005"))
+            messages.append(
+                Error(f"HARD_CAPS[{name!r}] must be a number, 0 or more, not {cap!r}.", id="chatnest.E005")
+            )
     if not hard_caps().can_answer():
         messages.append(
             Warning(

@@ -61,53 +61,14 @@ class Settings:
 settings: Final = Settings()
 NAMES: Final = frozenset(f.name for f in fields(Settings))
 
-_COUNTS = {"SITE_DAILY_TOKEN_LIMIT", "TRUSTED_PROXIES", "UPSTREAM_MAX_RETRIES"}
-_POSITIVE_COUNTS = {"MAX_STREAMS_PER_PROCESS", "MAX_BODY_BYTES", "MIN_OUTPUT_TOKENS"}
-_SECONDS = {
-    "HEARTBEAT_SECONDS",
-    "MAX_STREAM_SECONDS",
-    "FIRST_TOKEN_SECONDS",
-    "GAP_SECONDS",
-    "LEASE_SECONDS",
-}
-_FLAGS = {"ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES"}
-_TEXTS = {"OPENAI_API_KEY", "OPENAI_BASE_URL", "DATABASE_ALIAS"}
-_CHOICES = {
-    "ON_DISCONNECT": ("abort", "drain"),
-    "MAX_TOKENS_PARAMETER": ("max_tokens", "max_completion_tokens"),
-}
-
 
 def complaint(name: str, value: object) -> str | None:
     """What is wrong with ``CHATNEST[name] = value``, or None."""
-    must = _must_be(name, value)
-    return must and f"CHATNEST[{name!r}] must be {must}, not {_shown(name, value)}."
-
-
-def _shown(name: str, value: object) -> str:
-    return "what it is" if name == "OPENAI_API_KEY" else repr(value)
-
-
-def _must_be(name: str, value: object) -> str | None:
-    if name in _COUNTS and not (is_whole(value) and value >= 0):
-        return "a whole number, 0 or more"
-    if name in _POSITIVE_COUNTS and not (is_whole(value) and value >= 1):
-        return "a whole number, 1 or more"
-    if name in _SECONDS and not (is_number(value) and value > 0):
-        return "a number of seconds above 0"
-    if name in _FLAGS and not isinstance(value, bool):
-        return "True or False"
-    if name in _TEXTS and not isinstance(value, str):
-        return "a string"
-    if name in _CHOICES and value not in _CHOICES[name]:
-        return " or ".join(map(repr, _CHOICES[name]))
-    if name == "PAYER" and not (value is None or isinstance(value, str) or callable(value)):
-        return "a callable, its dotted path, or None"
-    if name == "TIME_ZONE" and not (value is None or _is_zone(value)):
-        return "the name of a time zone, or None"
-    if name == "HARD_CAPS" and not isinstance(value, Mapping):
-        return "a dict of limits"
-    return None
+    is_right, must_be = _RULES[name]
+    if is_right(value):
+        return None
+    shown = "what it is" if name == "OPENAI_API_KEY" else repr(value)
+    return f"CHATNEST[{name!r}] must be {must_be}, not {shown}."
 
 
 def is_whole(value: object) -> Any:
@@ -125,6 +86,45 @@ def _is_zone(value: object) -> bool:
         return isinstance(value, str) and bool(ZoneInfo(value))
     except (ValueError, OSError):
         return False
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+_COUNT: Rule = (lambda value: is_whole(value) and value >= 0, "a whole number, 0 or more")
+_POSITIVE_COUNT: Rule = (lambda value: is_whole(value) and value >= 1, "a whole number, 1 or more")
+_SECONDS: Rule = (lambda value: is_number(value) and value > 0, "a number of seconds above 0")
+_FLAG: Rule = (lambda value: isinstance(value, bool), "True or False")
+_TEXT: Rule = (lambda value: isinstance(value, str), "a string")
+
+_RULES: Final[Mapping[str, Rule]] = {
+    "HARD_CAPS": (lambda value: isinstance(value, Mapping), "a dict of limits"),
+    "SITE_DAILY_TOKEN_LIMIT": _COUNT,
+    "ALLOW_ANONYMOUS": _FLAG,
+    "PAYER": (
+        lambda value: value is None or isinstance(value, str) or callable(value),
+        "a callable, its dotted path, or None",
+    ),
+    "TRUSTED_PROXIES": _COUNT,
+    "TIME_ZONE": (lambda value: value is None or _is_zone(value), "the name of a time zone, or None"),
+    "OPENAI_API_KEY": _TEXT,
+    "OPENAI_BASE_URL": _TEXT,
+    "HEARTBEAT_SECONDS": _SECONDS,
+    "MAX_STREAM_SECONDS": _SECONDS,
+    "FIRST_TOKEN_SECONDS": _SECONDS,
+    "GAP_SECONDS": _SECONDS,
+    "MAX_STREAMS_PER_PROCESS": _POSITIVE_COUNT,
+    "MAX_BODY_BYTES": _POSITIVE_COUNT,
+    "ON_DISCONNECT": (lambda value: value in ("abort", "drain"), "'abort' or 'drain'"),
+    "MIN_OUTPUT_TOKENS": _POSITIVE_COUNT,
+    "DATABASE_ALIAS": _TEXT,
+    "LEASE_SECONDS": _SECONDS,
+    "UPSTREAM_MAX_RETRIES": _COUNT,
+    "CLIENT_SYSTEM_MESSAGES": _FLAG,
+    "MAX_TOKENS_PARAMETER": (
+        lambda value: value in ("max_tokens", "max_completion_tokens"),
+        "'max_tokens' or 'max_completion_tokens'",
+    ),
+}
 
 
 def time_zone() -> tzinfo:

@@ -244,9 +244,7 @@ def _fit(book: Book, ask: Reserve) -> int:
 def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Held:
     held = Held(id=ask.id, day=book.today, payer=ask.payer, accounts=list(ask.budgets), tokens=tokens)
     lease = timedelta(seconds=settings.LEASE_SECONDS)
-    book.insert(
-        held, profile=ask.profile, model=ask.model, created_at=book.now, expires_at=book.now + lease
-    )
+    book.insert(held, profile=ask.profile, model=ask.model, created_at=book.now, expires_at=book.now + lease)
     book.count_request(ask.payer, ask.rate_window_seconds)
     for account in ask.budgets:
         book.post(book.today, account, tokens_reserved=tokens, requests=1)
@@ -289,9 +287,7 @@ def _record(book: Book, row: Held, ask: Settle) -> None:
     row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
     book.change(row)
     for account in row.accounts:
-        book.post(
-            row.day, account, prompt_tokens=ask.prompt_tokens, completion_tokens=ask.completion_tokens
-        )
+        book.post(row.day, account, prompt_tokens=ask.prompt_tokens, completion_tokens=ask.completion_tokens)
 
 
 def _stop(book: Book, ask: Stop) -> bool:
@@ -323,4 +319,3 @@ def _reset(book: Book, ask: Reset) -> int:
     used = book.used(ask.day, ask.account)
     book.adjust(ask.day, ask.account, -used, reason=ask.reason, actor=ask.actor)
     return used
-

@@ -13,11 +13,13 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.contrib.auth import middleware as auth
 from django.contrib.messages import middleware as messages
+from django.contrib.messages.storage import default_storage
 from django.contrib.sessions import middleware as sessions
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.middleware import clickjacking, common, csrf, security
 from django.utils.deprecation import MiddlewareMixin
+from django.utils.functional import SimpleLazyObject, empty
 
 
 class OnLoop(MiddlewareMixin):
@@ -64,10 +66,13 @@ class SessionMiddleware(OnLoop, sessions.SessionMiddleware):
 
 
 class MessageMiddleware(OnLoop, messages.MessageMiddleware):
-    def waits_after(self, request: HttpRequest) -> bool:
-        """It may load and store messages in the session."""
-        storage = getattr(request, "_messages", None)
-        return bool(storage and (storage.used or storage.added_new))
+    async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
+        storage = SimpleLazyObject(lambda: default_storage(request))
+        request._messages = storage  # type: ignore[attr-defined]
+        response: HttpResponseBase = await self.get_response(request)  # type: ignore[misc]
+        if storage._wrapped is empty:  # nobody asked for messages, so there are none to store
+            return response
+        return await sync_to_async(self.process_response)(request, response)
 
 
 class CsrfViewMiddleware(OnLoop, csrf.CsrfViewMiddleware):

@@ -29,18 +29,25 @@ class Profile(models.Model):
         max_length=50,
         unique=True,
         validators=[RegexValidator(r"^[a-z0-9_-]+\Z", _("Use lower-case letters, digits, - and _."))],
-        help_text=_("Clients choose constrained, balanced or expanded; other names serve accounts that force them."),
+        help_text=_(
+            "Clients choose constrained, balanced or expanded; other names serve accounts that force them."
+        ),
     )
     enabled = models.BooleanField(
         default=True,
-        help_text=_("Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."),
+        help_text=_(
+            "Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."
+        ),
     )
     model = models.CharField(max_length=100, default=DEFAULT_MODEL)
     system_prompt = models.TextField(
         blank=True, help_text=_("Put before every conversation and counted in its tokens.")
     )
     temperature = models.FloatField(
-        null=True, blank=True, validators=[MinValueValidator(0.0)], help_text=_("Empty: not sent to the model.")
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(0.0)],
+        help_text=_("Empty: not sent to the model."),
     )
     max_output_tokens = models.PositiveIntegerField(
         validators=[MinValueValidator(1)], help_text=_("The longest answer.")
@@ -49,12 +56,15 @@ class Profile(models.Model):
         validators=[MinValueValidator(1)], help_text=_("How many of the last messages the model sees.")
     )
     max_tokens_per_request = models.PositiveIntegerField(
-        validators=[MinValueValidator(1)], help_text=_("Prompt and answer together; must be above the longest answer.")
+        validators=[MinValueValidator(1)],
+        help_text=_("Prompt and answer together; must be above the longest answer."),
     )
     daily_token_limit = models.PositiveBigIntegerField(help_text=_("For each payer, each day."))
     rate_max_requests = models.PositiveIntegerField(help_text=_("Requests of one payer in a rate window."))
     rate_window_seconds = models.PositiveIntegerField(validators=[MinValueValidator(1)])
-    max_concurrent_streams = models.PositiveIntegerField(help_text=_("Answers being written for one payer at once."))
+    max_concurrent_streams = models.PositiveIntegerField(
+        help_text=_("Answers being written for one payer at once.")
+    )
 
     class Meta:
         ordering: ClassVar = ["name"]
@@ -90,7 +100,11 @@ class Account(models.Model):
         help_text=_("site, user:<pk>, ip:<address> or key:<id>. Pausing site stops every chat."),
     )
     profile = models.ForeignKey(
-        Profile, null=True, blank=True, on_delete=models.PROTECT, help_text=_("Used whatever the client asks for.")
+        Profile,
+        null=True,
+        blank=True,
+        on_delete=models.PROTECT,
+        help_text=_("Used whatever the client asks for."),
     )
     daily_token_limit = models.PositiveBigIntegerField(
         null=True, blank=True, help_text=_("Only ever lowers the profile's limit (or the site's).")
@@ -216,7 +230,9 @@ class Reservation(models.Model):
     )
     profile = models.CharField(max_length=50)
     model = models.CharField(max_length=100)
-    tokens = models.PositiveBigIntegerField(help_text=_("The hold: the prompt's bound and the answer's allowance."))
+    tokens = models.PositiveBigIntegerField(
+        help_text=_("The hold: the prompt's bound and the answer's allowance.")
+    )
     state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN)
     outcome = models.CharField(max_length=20, choices=Outcome.choices, blank=True, default="")
     usage_source = models.CharField(max_length=10, choices=UsageSource.choices, default=UsageSource.NONE)
@@ -232,13 +248,17 @@ class Reservation(models.Model):
     class Meta:
         ordering: ClassVar = ["-created_at"]
         constraints: ClassVar = [
-            models.CheckConstraint(condition=Q(state__in=["open", "settled", "expired"]), name="chatnest_known_state"),
+            models.CheckConstraint(
+                condition=Q(state__in=["open", "settled", "expired"]), name="chatnest_known_state"
+            ),
             models.CheckConstraint(
                 condition=Q(state="open", settled_at=None, tokens_charged=0, outcome="")
                 | (~Q(state="open") & Q(settled_at__isnull=False) & ~Q(outcome="")),
                 name="chatnest_resolved_once",
             ),
-            models.CheckConstraint(condition=Q(expires_at__gte=F("created_at")), name="chatnest_lease_has_length"),
+            models.CheckConstraint(
+                condition=Q(expires_at__gte=F("created_at")), name="chatnest_lease_has_length"
+            ),
         ]
         indexes: ClassVar = [
             models.Index(fields=["expires_at"], condition=Q(state="open"), name="chatnest_open_lease"),
@@ -261,7 +281,9 @@ class Adjustment(models.Model):
     account = models.CharField(max_length=ACCOUNT_LENGTH)
     tokens = models.BigIntegerField()
     reason = models.CharField(max_length=200)
-    actor = models.CharField(max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself."))
+    actor = models.CharField(
+        max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself.")
+    )
     created_at = models.DateTimeField()
 
     class Meta:

@@ -27,12 +27,12 @@ class EventDecoder:
         if self._after_cr and received:
             received, self._after_cr = received.removeprefix(b"\n"), False
         text = self._carry + received if self._carry else received
-        if not self._data and b"\r" not in text:
-            events = self._feed_plain(text)
-        else:
+        if self._data or b"\r" in text:
             events = self._feed_lines(text)
-        if len(self._carry) + sum(map(len, self._data)) > self.limit:
-            raise ValueError("An event is larger than the limit")
+        else:
+            events = self._feed_plain(text)
+        if (self._carry or self._data) and len(self._carry) + sum(map(len, self._data)) > self.limit:
+            raise ValueError("an event above the limit of size")
         return events
 
     def _feed_plain(self, text: bytes) -> list[bytes]:

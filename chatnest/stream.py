@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
 from enum import Enum
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self
 
 from .asgi import let_request_thread_go
 from .batcher import batcher
@@ -52,7 +52,6 @@ class Signal(Enum):
     PING = "nothing was sent for a while"
 
 
-T = TypeVar("T")
 PING: Final = Signal.PING
 
 
@@ -116,18 +115,26 @@ class ChatStream:
         yield chatnest.START
         let_request_thread_go()
         try:
-            opening = self._begin()
-            while not opening.done():
-                if await self._or_ping(asyncio.shield(opening)) is PING:
-                    yield chatnest.PING
-            while (pieces := await self._or_ping(self._call.read())) is not None:
-                if pieces is PING:
-                    yield chatnest.PING
+            opening, opened = self._begin(), False
+            while True:
+                self._waiting = True
+                try:
+                    if not opened:
+                        await asyncio.shield(opening)
+                        opened = True
+                    pieces = await self._call.read()
+                except asyncio.CancelledError:
+                    if not self._only_a_ping():
+                        raise  # the client has left, or the server ends
+                    frames = chatnest.PING
                 else:
-                    self._heard = self._loop.time()
-                    if pieces:
-                        self._sent = self._heard
-                        yield chatnest.tokens(pieces)
+                    if pieces is None:
+                        break
+                    frames = self._heard_frames(pieces)
+                finally:
+                    self._waiting = False
+                if frames:
+                    yield frames
             yield chatnest.done(await self._complete())
         except ChatError as problem:
             yield await self._fail(problem)
@@ -140,29 +147,30 @@ class ChatStream:
     def _begin(self) -> asyncio.Task[None]:
         """Call the upstream. A task of its own, for a connection that is being made cannot be interrupted."""
         batcher.watch(self)
+        self._task = asyncio.current_task()
         self._started = self._sent = self._heard = self._loop.time()
         self._timer = self._loop.call_at(self._next_tick(), self._tick)
         self._opening = self._loop.create_task(self._call.open(settings.FIRST_TOKEN_SECONDS))
         return self._opening
 
+    def _heard_frames(self, pieces: list[str]) -> bytes:
+        self._heard = self._loop.time()
+        if not pieces:
+            return b""
+        self._sent = self._heard
+        return chatnest.tokens(pieces)
+
     # Waiting: one timer for the heartbeat and all deadlines.
 
-    async def _or_ping(self, awaitable: Awaitable[T]) -> T | Literal[Signal.PING]:
-        """What the upstream gives, or PING when it is time for one. Raises what the timer decided."""
-        self._task = asyncio.current_task()
-        self._waiting = True
-        try:
-            return await awaitable
-        except asyncio.CancelledError:
-            alarm, self._alarm = self._alarm, None
-            if alarm is None or (self._task and self._task.uncancel()):
-                raise  # the client has left, or the server ends
-            if alarm is not PING:
-                raise alarm from None
-            self._sent = self._loop.time()
-            return PING
-        finally:
-            self._waiting = False
+    def _only_a_ping(self) -> bool:
+        """Why the wait was cancelled: for a ping, or by somebody else. Raises what else the timer decided."""
+        alarm, self._alarm = self._alarm, None
+        if alarm is None or (self._task and self._task.uncancel()):
+            return False
+        if isinstance(alarm, ChatError):
+            raise alarm from None
+        self._sent = self._loop.time()
+        return True
 
     def _tick(self) -> None:
         now = self._loop.time()

@@ -86,7 +86,18 @@ class Call:
     ``usage`` is what it reported; ``pieces`` all the text that came.
     """
 
-    __slots__ = ("_body", "_carry", "_ended", "_events", "_failure", "_finished", "_response", "billed", "pieces", "usage")
+    __slots__ = (
+        "_body",
+        "_carry",
+        "_ended",
+        "_events",
+        "_failure",
+        "_finished",
+        "_response",
+        "billed",
+        "pieces",
+        "usage",
+    )
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -220,7 +231,10 @@ def _decode_leniently(data: bytes) -> _Chunk:
         content = delta.get("content") if isinstance(delta, dict) else None
         reason = choice.get("finish_reason") if isinstance(choice, dict) else None
         chunk.choices.append(
-            _Choice(_Delta(content if isinstance(content, str) else None), reason if isinstance(reason, str) else None)
+            _Choice(
+                _Delta(content if isinstance(content, str) else None),
+                reason if isinstance(reason, str) else None,
+            )
         )
     return chunk
 
@@ -233,7 +247,11 @@ def _sane(usage: Usage) -> Usage | None:
 
 
 def _headers() -> dict[str, str]:
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "text/event-stream",
+        "Accept-Encoding": "identity",
+    }
     if settings.OPENAI_API_KEY:
         headers["Authorization"] = f"Bearer {settings.OPENAI_API_KEY}"
     return headers

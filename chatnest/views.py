@@ -18,7 +18,14 @@ from . import ledger
 from .accounts import charged
 from .batcher import batcher
 from .conf import settings
-from .errors import BodyTooLarge, ChatError, InternalError, MethodNotAllowed, RequestTooLarge, UnsupportedMediaType
+from .errors import (
+    BodyTooLarge,
+    ChatError,
+    InternalError,
+    MethodNotAllowed,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
 from .ledger import Hold, Reserve
 from .limits import profile_name
 from .policy import Terms

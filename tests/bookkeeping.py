@@ -84,7 +84,8 @@ def row_of(hold: Hold | Reserve) -> Reservation:
 
 def counters(account: str = "user:1", day: Any = None) -> tuple[int, int, int]:
     """The tokens used and reserved, and the requests, of one account's day; today's if not named."""
-    usage = DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(day=day or ledger.today(), account=account)
+    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS)
+    usage = rows.filter(day=day or ledger.today(), account=account)
     return usage.values_list("tokens_used", "tokens_reserved", "requests").first() or (0, 0, 0)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import settings as hypothesis_settings
+
 from chatnest.batcher import batcher
 from chatnest.limits import DEFAULT_PROFILES
 from chatnest.models import Profile, Reservation
 from chatnest.testing import FakeUpstream
-from hypothesis import settings as hypothesis_settings
 from project.asgi import application
 
 from .client import Client
@@ -73,7 +74,8 @@ def upstream(configure: Configure) -> Iterator[FakeUpstream]:
 @contextmanager
 def served(application: Any) -> Iterator[int]:
     """The port of an application served by uvicorn from a thread: a test's settings and clock are the server's too."""
-    config = uvicorn.Config(application, port=0, lifespan="off", log_level="warning")
+    # Without proxy_headers=False, uvicorn takes an X-Forwarded-For from loopback for the client's address.
+    config = uvicorn.Config(application, port=0, lifespan="off", log_level="warning", proxy_headers=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.test import Client as DjangoClient
+
 from chatnest.models import DailyUsage, RateWindow, Reservation
 from chatnest.testing import FakeUpstream
-from django.test import Client as DjangoClient
 
 from .client import HELLO, Answer, Client
 from .conftest import Configure, on_sqlite

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from django.db import connections
+
 from chatnest.limits import DEFAULT_PROFILES
 from chatnest.models import DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
-from django.db import connections
 
 from .client import HELLO, Answer, Client
 from .conftest import Configure, EditProfile, Settled, on_sqlite

@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
+from django.test import override_settings
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from chatnest.limits import (
     DEFAULT_HARD_CAPS,
     DEFAULT_PROFILES,
@@ -19,9 +23,6 @@ from chatnest.limits import (
     rate_wait,
     tighten,
 )
-from django.test import override_settings
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 AT_MOST = [name for name in FIELDS if name not in ("temperature", "rate_window_seconds")]
 
@@ -59,6 +60,11 @@ class Asked:
 requests = st.builds(Asked, anything, anything)
 
 
+def as_typed(typed: dict[str, Any]) -> Limits:
+    """Limits as a row or a setting may hold them, sense or nonsense; what is missing is None."""
+    return Limits(**{name: typed.get(name) for name in FIELDS})
+
+
 def assert_within(limits: Limits, caps: Limits) -> None:
     for name in AT_MOST:
         value = getattr(limits, name)
@@ -80,12 +86,12 @@ def assert_within(limits: Limits, caps: Limits) -> None:
 @example(typed=dict.fromkeys(FIELDS, None))
 @example(typed={})
 def test_whatever_a_row_holds_is_clamped(typed: Mapping[str, Any]) -> None:
-    assert_within(clamp(typed, DEFAULT_HARD_CAPS), DEFAULT_HARD_CAPS)
+    assert_within(clamp(as_typed(typed), DEFAULT_HARD_CAPS), DEFAULT_HARD_CAPS)
 
 
 @given(typed=rows, caps=sane_caps)
 def test_whatever_the_caps_are_they_hold(typed: Mapping[str, Any], caps: Limits) -> None:
-    assert_within(clamp(typed, caps), caps)
+    assert_within(clamp(as_typed(typed), caps), caps)
 
 
 @given(typed=rows, request=requests)
@@ -93,7 +99,7 @@ def test_whatever_the_caps_are_they_hold(typed: Mapping[str, Any], caps: Limits)
 @example(typed=asdict(DEFAULT_PROFILES["balanced"]), request=Asked(math.inf, 10**400))
 @example(typed=asdict(DEFAULT_PROFILES["balanced"]), request=Asked("x", "x"))
 def test_whatever_a_client_asks_only_tightens(typed: Mapping[str, Any], request: Asked) -> None:
-    before = clamp(typed, DEFAULT_HARD_CAPS)
+    before = clamp(as_typed(typed), DEFAULT_HARD_CAPS)
     after = tighten(before, request)
     assert_within(after, DEFAULT_HARD_CAPS)
     assert after.daily_token_limit <= before.daily_token_limit
@@ -118,7 +124,7 @@ def test_whatever_the_settings_say_a_cap_that_is_no_number_caps_nothing_away(
         assert number in (caps.get(name), getattr(DEFAULT_HARD_CAPS, name))
         assert number >= 0
         assert math.isfinite(number)
-    assert_within(tighten(clamp(typed, in_force), request), in_force)
+    assert_within(tighten(clamp(as_typed(typed), in_force), request), in_force)
 
 
 def test_the_profiles_as_delivered_are_within_the_caps_and_can_answer() -> None:
@@ -165,7 +171,7 @@ def test_a_temperature_that_is_empty_stays_empty_and_one_that_is_nonsense_become
     limits = DEFAULT_PROFILES["balanced"]
 
     def in_force(temperature: Any) -> float | None:
-        return clamp({**asdict(limits), "temperature": temperature}, DEFAULT_HARD_CAPS).temperature
+        return clamp(replace(limits, temperature=temperature), DEFAULT_HARD_CAPS).temperature
 
     assert in_force(None) is None
     assert [in_force(value) for value in (-1, 0, 1.5, 2, 3, 10**400)] == [0, 0, 1.5, 2, 2, 2]

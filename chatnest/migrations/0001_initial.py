@@ -7,120 +7,333 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
-    dependencies = [
-    ]
+    dependencies = []
 
     operations = [
         migrations.CreateModel(
-            name='Profile',
+            name="Profile",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(help_text='Clients choose constrained, balanced or expanded; other names serve accounts that force them.', max_length=50, unique=True, validators=[django.core.validators.RegexValidator('^[a-z0-9_-]+\\Z', 'Use lower-case letters, digits, - and _.')])),
-                ('enabled', models.BooleanField(default=True, help_text='Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them.')),
-                ('model', models.CharField(default='gpt-4o-mini', max_length=100)),
-                ('system_prompt', models.TextField(blank=True, help_text='Put before every conversation and counted in its tokens.')),
-                ('temperature', models.FloatField(blank=True, help_text='Empty: not sent to the model.', null=True, validators=[django.core.validators.MinValueValidator(0.0)])),
-                ('max_output_tokens', models.PositiveIntegerField(help_text='The longest answer.', validators=[django.core.validators.MinValueValidator(1)])),
-                ('max_messages', models.PositiveIntegerField(help_text='How many of the last messages the model sees.', validators=[django.core.validators.MinValueValidator(1)])),
-                ('max_tokens_per_request', models.PositiveIntegerField(help_text='Prompt and answer together; must be above the longest answer.', validators=[django.core.validators.MinValueValidator(1)])),
-                ('daily_token_limit', models.PositiveBigIntegerField(help_text='For each payer, each day.')),
-                ('rate_max_requests', models.PositiveIntegerField(help_text='Requests of one payer in a rate window.')),
-                ('rate_window_seconds', models.PositiveIntegerField(validators=[django.core.validators.MinValueValidator(1)])),
-                ('max_concurrent_streams', models.PositiveIntegerField(help_text='Answers being written for one payer at once.')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                (
+                    "name",
+                    models.CharField(
+                        help_text="Clients choose constrained, balanced or expanded; other names serve accounts that force them.",
+                        max_length=50,
+                        unique=True,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "^[a-z0-9_-]+\\Z", "Use lower-case letters, digits, - and _."
+                            )
+                        ],
+                    ),
+                ),
+                (
+                    "enabled",
+                    models.BooleanField(
+                        default=True,
+                        help_text="Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them.",
+                    ),
+                ),
+                ("model", models.CharField(default="gpt-4o-mini", max_length=100)),
+                (
+                    "system_prompt",
+                    models.TextField(
+                        blank=True, help_text="Put before every conversation and counted in its tokens."
+                    ),
+                ),
+                (
+                    "temperature",
+                    models.FloatField(
+                        blank=True,
+                        help_text="Empty: not sent to the model.",
+                        null=True,
+                        validators=[django.core.validators.MinValueValidator(0.0)],
+                    ),
+                ),
+                (
+                    "max_output_tokens",
+                    models.PositiveIntegerField(
+                        help_text="The longest answer.",
+                        validators=[django.core.validators.MinValueValidator(1)],
+                    ),
+                ),
+                (
+                    "max_messages",
+                    models.PositiveIntegerField(
+                        help_text="How many of the last messages the model sees.",
+                        validators=[django.core.validators.MinValueValidator(1)],
+                    ),
+                ),
+                (
+                    "max_tokens_per_request",
+                    models.PositiveIntegerField(
+                        help_text="Prompt and answer together; must be above the longest answer.",
+                        validators=[django.core.validators.MinValueValidator(1)],
+                    ),
+                ),
+                ("daily_token_limit", models.PositiveBigIntegerField(help_text="For each payer, each day.")),
+                (
+                    "rate_max_requests",
+                    models.PositiveIntegerField(help_text="Requests of one payer in a rate window."),
+                ),
+                (
+                    "rate_window_seconds",
+                    models.PositiveIntegerField(validators=[django.core.validators.MinValueValidator(1)]),
+                ),
+                (
+                    "max_concurrent_streams",
+                    models.PositiveIntegerField(help_text="Answers being written for one payer at once."),
+                ),
             ],
             options={
-                'ordering': ['name'],
+                "ordering": ["name"],
             },
         ),
         migrations.CreateModel(
-            name='Adjustment',
+            name="Adjustment",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('day', models.DateField()),
-                ('account', models.CharField(max_length=200)),
-                ('tokens', models.BigIntegerField()),
-                ('reason', models.CharField(max_length=200)),
-                ('actor', models.CharField(blank=True, help_text='Who did it; empty for chatnest itself.', max_length=200)),
-                ('created_at', models.DateTimeField()),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("day", models.DateField()),
+                ("account", models.CharField(max_length=200)),
+                ("tokens", models.BigIntegerField()),
+                ("reason", models.CharField(max_length=200)),
+                (
+                    "actor",
+                    models.CharField(
+                        blank=True, help_text="Who did it; empty for chatnest itself.", max_length=200
+                    ),
+                ),
+                ("created_at", models.DateTimeField()),
             ],
             options={
-                'ordering': ['-created_at'],
-                'indexes': [models.Index(fields=['day', 'account'], name='chatnest_adjustment_day')],
+                "ordering": ["-created_at"],
+                "indexes": [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")],
             },
         ),
         migrations.CreateModel(
-            name='DailyUsage',
+            name="DailyUsage",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('day', models.DateField()),
-                ('account', models.CharField(max_length=200)),
-                ('tokens_used', models.BigIntegerField(default=0)),
-                ('tokens_reserved', models.BigIntegerField(default=0)),
-                ('prompt_tokens', models.BigIntegerField(default=0)),
-                ('completion_tokens', models.BigIntegerField(default=0)),
-                ('requests', models.BigIntegerField(default=0)),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("day", models.DateField()),
+                ("account", models.CharField(max_length=200)),
+                ("tokens_used", models.BigIntegerField(default=0)),
+                ("tokens_reserved", models.BigIntegerField(default=0)),
+                ("prompt_tokens", models.BigIntegerField(default=0)),
+                ("completion_tokens", models.BigIntegerField(default=0)),
+                ("requests", models.BigIntegerField(default=0)),
             ],
             options={
-                'verbose_name_plural': 'daily usage',
-                'ordering': ['-day', 'account'],
-                'constraints': [models.UniqueConstraint(fields=('day', 'account'), name='chatnest_one_usage_a_day'), models.CheckConstraint(condition=models.Q(('completion_tokens__gte', 0), ('prompt_tokens__gte', 0), ('requests__gte', 0), ('tokens_reserved__gte', 0), ('tokens_used__gte', 0)), name='chatnest_usage_not_negative')],
+                "verbose_name_plural": "daily usage",
+                "ordering": ["-day", "account"],
+                "constraints": [
+                    models.UniqueConstraint(fields=("day", "account"), name="chatnest_one_usage_a_day"),
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            ("completion_tokens__gte", 0),
+                            ("prompt_tokens__gte", 0),
+                            ("requests__gte", 0),
+                            ("tokens_reserved__gte", 0),
+                            ("tokens_used__gte", 0),
+                        ),
+                        name="chatnest_usage_not_negative",
+                    ),
+                ],
             },
         ),
         migrations.CreateModel(
-            name='Account',
+            name="Account",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(help_text='site, user:<pk>, ip:<address> or key:<id>. Pausing site stops every chat.', max_length=200, unique=True, validators=[django.core.validators.RegexValidator('^[\\x21-\\x7e]+\\Z', 'Use printable ASCII without spaces.')])),
-                ('daily_token_limit', models.PositiveBigIntegerField(blank=True, help_text="Only ever lowers the profile's limit (or the site's).", null=True)),
-                ('paused', models.BooleanField(default=False)),
-                ('profile', models.ForeignKey(blank=True, help_text='Used whatever the client asks for.', null=True, on_delete=django.db.models.deletion.PROTECT, to='chatnest.profile')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                (
+                    "name",
+                    models.CharField(
+                        help_text="site, user:<pk>, ip:<address> or key:<id>. Pausing site stops every chat.",
+                        max_length=200,
+                        unique=True,
+                        validators=[
+                            django.core.validators.RegexValidator(
+                                "^[\\x21-\\x7e]+\\Z", "Use printable ASCII without spaces."
+                            )
+                        ],
+                    ),
+                ),
+                (
+                    "daily_token_limit",
+                    models.PositiveBigIntegerField(
+                        blank=True,
+                        help_text="Only ever lowers the profile's limit (or the site's).",
+                        null=True,
+                    ),
+                ),
+                ("paused", models.BooleanField(default=False)),
+                (
+                    "profile",
+                    models.ForeignKey(
+                        blank=True,
+                        help_text="Used whatever the client asks for.",
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        to="chatnest.profile",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['name'],
+                "ordering": ["name"],
             },
         ),
         migrations.CreateModel(
-            name='RateWindow',
+            name="RateWindow",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('day', models.DateField()),
-                ('account', models.CharField(max_length=200)),
-                ('window_start', models.DateTimeField()),
-                ('window_seconds', models.PositiveIntegerField()),
-                ('count', models.PositiveIntegerField(default=0)),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("day", models.DateField()),
+                ("account", models.CharField(max_length=200)),
+                ("window_start", models.DateTimeField()),
+                ("window_seconds", models.PositiveIntegerField()),
+                ("count", models.PositiveIntegerField(default=0)),
             ],
             options={
-                'indexes': [models.Index(fields=['day'], name='chatnest_window_day')],
-                'constraints': [models.UniqueConstraint(fields=('account', 'window_start', 'window_seconds', 'day'), name='chatnest_one_count_a_window'), models.CheckConstraint(condition=models.Q(('window_seconds__gte', 1)), name='chatnest_window_has_length')],
+                "indexes": [models.Index(fields=["day"], name="chatnest_window_day")],
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("account", "window_start", "window_seconds", "day"),
+                        name="chatnest_one_count_a_window",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("window_seconds__gte", 1)), name="chatnest_window_has_length"
+                    ),
+                ],
             },
         ),
         migrations.CreateModel(
-            name='Reservation',
+            name="Reservation",
             fields=[
-                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('day', models.DateField()),
-                ('payer', models.CharField(max_length=200)),
-                ('accounts', models.JSONField(help_text='Every account that is charged, the payer first.')),
-                ('profile', models.CharField(max_length=50)),
-                ('model', models.CharField(max_length=100)),
-                ('tokens', models.PositiveBigIntegerField(help_text="The hold: the prompt's bound and the answer's allowance.")),
-                ('state', models.CharField(choices=[('open', 'Open'), ('settled', 'Settled'), ('expired', 'Expired')], default='open', max_length=10)),
-                ('outcome', models.CharField(blank=True, choices=[('completed', 'Completed'), ('cancelled', 'Cancelled'), ('timed_out', 'Timed Out'), ('upstream_error', 'Upstream Error'), ('stopped', 'Stopped'), ('expired', 'Expired')], default='', max_length=20)),
-                ('usage_source', models.CharField(choices=[('reported', 'Reported'), ('counted', 'Counted'), ('held', 'Held'), ('none', 'None')], default='none', max_length=10)),
-                ('prompt_tokens', models.PositiveBigIntegerField(default=0)),
-                ('completion_tokens', models.PositiveBigIntegerField(default=0)),
-                ('tokens_charged', models.PositiveBigIntegerField(default=0)),
-                ('created_at', models.DateTimeField()),
-                ('expires_at', models.DateTimeField()),
-                ('settled_at', models.DateTimeField(blank=True, null=True)),
+                (
+                    "id",
+                    models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False),
+                ),
+                ("day", models.DateField()),
+                ("payer", models.CharField(max_length=200)),
+                ("accounts", models.JSONField(help_text="Every account that is charged, the payer first.")),
+                ("profile", models.CharField(max_length=50)),
+                ("model", models.CharField(max_length=100)),
+                (
+                    "tokens",
+                    models.PositiveBigIntegerField(
+                        help_text="The hold: the prompt's bound and the answer's allowance."
+                    ),
+                ),
+                (
+                    "state",
+                    models.CharField(
+                        choices=[("open", "Open"), ("settled", "Settled"), ("expired", "Expired")],
+                        default="open",
+                        max_length=10,
+                    ),
+                ),
+                (
+                    "outcome",
+                    models.CharField(
+                        blank=True,
+                        choices=[
+                            ("completed", "Completed"),
+                            ("cancelled", "Cancelled"),
+                            ("timed_out", "Timed Out"),
+                            ("upstream_error", "Upstream Error"),
+                            ("stopped", "Stopped"),
+                            ("expired", "Expired"),
+                        ],
+                        default="",
+                        max_length=20,
+                    ),
+                ),
+                (
+                    "usage_source",
+                    models.CharField(
+                        choices=[
+                            ("reported", "Reported"),
+                            ("counted", "Counted"),
+                            ("held", "Held"),
+                            ("none", "None"),
+                        ],
+                        default="none",
+                        max_length=10,
+                    ),
+                ),
+                ("prompt_tokens", models.PositiveBigIntegerField(default=0)),
+                ("completion_tokens", models.PositiveBigIntegerField(default=0)),
+                ("tokens_charged", models.PositiveBigIntegerField(default=0)),
+                ("created_at", models.DateTimeField()),
+                ("expires_at", models.DateTimeField()),
+                ("settled_at", models.DateTimeField(blank=True, null=True)),
             ],
             options={
-                'ordering': ['-created_at'],
-                'indexes': [models.Index(condition=models.Q(('state', 'open')), fields=['expires_at'], name='chatnest_open_lease'), models.Index(condition=models.Q(('state', 'open')), fields=['payer'], name='chatnest_open_payer'), models.Index(fields=['day', 'payer'], name='chatnest_reservation_day'), models.Index(fields=['-created_at'], name='chatnest_reservation_latest')],
-                'constraints': [models.CheckConstraint(condition=models.Q(('state__in', ['open', 'settled', 'expired'])), name='chatnest_known_state'), models.CheckConstraint(condition=models.Q(models.Q(('outcome', ''), ('settled_at', None), ('state', 'open'), ('tokens_charged', 0)), models.Q(models.Q(('state', 'open'), _negated=True), ('settled_at__isnull', False), models.Q(('outcome', ''), _negated=True)), _connector='OR'), name='chatnest_resolved_once'), models.CheckConstraint(condition=models.Q(('expires_at__gte', models.F('created_at'))), name='chatnest_lease_has_length')],
+                "ordering": ["-created_at"],
+                "indexes": [
+                    models.Index(
+                        condition=models.Q(("state", "open")),
+                        fields=["expires_at"],
+                        name="chatnest_open_lease",
+                    ),
+                    models.Index(
+                        condition=models.Q(("state", "open")), fields=["payer"], name="chatnest_open_payer"
+                    ),
+                    models.Index(fields=["day", "payer"], name="chatnest_reservation_day"),
+                    models.Index(fields=["-created_at"], name="chatnest_reservation_latest"),
+                ],
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(("state__in", ["open", "settled", "expired"])),
+                        name="chatnest_known_state",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            models.Q(
+                                ("outcome", ""),
+                                ("settled_at", None),
+                                ("state", "open"),
+                                ("tokens_charged", 0),
+                            ),
+                            models.Q(
+                                models.Q(("state", "open"), _negated=True),
+                                ("settled_at__isnull", False),
+                                models.Q(("outcome", ""), _negated=True),
+                            ),
+                            _connector="OR",
+                        ),
+                        name="chatnest_resolved_once",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("expires_at__gte", models.F("created_at"))),
+                        name="chatnest_lease_has_length",
+                    ),
+                ],
             },
         ),
     ]

@@ -91,6 +91,8 @@ def _limit(name: str, value: object) -> int | None:
 
 def tokens(pieces: list[str]) -> bytes:
     """One ``token`` frame a piece, ready for one write."""
+    if len(pieces) == 1:  # a token at a time is the rule
+        return b"event: token\ndata: %b\n\n" % _encode(pieces[0])
     return b"".join([b"event: token\ndata: %b\n\n" % _encode(piece) for piece in pieces])
 
 

@@ -1,0 +1,462 @@
+"""Who pays: users, addresses, teams and the site; and what an operator decided about them."""
+
+from __future__ import annotations
+
+import asyncio
+import http.cookies
+import json
+import re
+import time
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from django.contrib.auth.models import User
+from django.core.exceptions import PermissionDenied
+from django.test import Client as DjangoClient
+
+from chatnest.models import Account, DailyUsage, Reservation
+from chatnest.testing import FakeUpstream, Reply
+
+from .client import HELLO, Answer, Client
+from .conftest import Configure, EditProfile, Settled, on_postgres, on_sqlite
+
+LOGIN = "Please log in to use the chat."
+STALE = "The page is out of date (CSRF check failed). Reload it and try again."
+PAUSED = "The chat is paused by its operator. Please try again later."
+TOKEN = "a" * 32
+
+
+def refused(answer: Answer, status: int, code: str, message: str) -> None:
+    said = answer.json
+    assert (answer.status, said["code"], said["error"]) == (status, code, message)
+
+
+def log_in(user: User) -> dict[str, str]:
+    """The headers of a browser in which this user is logged in, on a page that is up to date."""
+    browser = DjangoClient()
+    browser.force_login(user)
+    session = browser.cookies["sessionid"].value
+    return {"cookie": f"sessionid={session}; csrftoken={TOKEN}", "x_csrftoken": TOKEN}
+
+
+def payers(rows: list[Reservation]) -> list[list[str]]:
+    return [row.accounts for row in rows]
+
+
+@pytest.fixture
+def ada(database: str) -> User:
+    return User.objects.create_user("ada")
+
+
+# Users.
+
+
+def test_a_user_pays_and_so_does_the_site(
+    client: Client, ada: User, database: str, settled: Settled, configure: Configure
+) -> None:
+    configure(ALLOW_ANONYMOUS=False)
+    assert client.chat(**log_in(ada)).events[-1] == "done"
+    assert payers(settled()) == [[f"user:{ada.pk}", "site"]]
+    used = DailyUsage.objects.using(database).values_list("account", "tokens_used")
+    assert dict(used) == {f"user:{ada.pk}": 14, "site": 14}
+
+
+@on_sqlite
+def test_a_browser_that_logged_in_by_the_form_chats_with_its_cookies(
+    client: Client, settled: Settled, configure: Configure
+) -> None:
+    """All of it over HTTP: the form, the session's cookie, the token from the page."""
+    configure(ALLOW_ANONYMOUS=False)
+    grace = User.objects.create_superuser("grace", password="hopper")
+    page = client.request("GET", "/admin/login/")
+    (token,) = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', page.text)
+    jar = http.cookies.SimpleCookie(page.headers["set-cookie"])
+    form = {"username": "grace", "password": "hopper", "csrfmiddlewaretoken": token, "next": "/"}
+    with_cookies = {"cookie": f"csrftoken={jar['csrftoken'].value}"}
+    answer = client.request(
+        "POST",
+        "/admin/login/",
+        urlencode(form).encode(),
+        content_type="application/x-www-form-urlencoded",
+        **with_cookies,
+    )
+    assert (answer.status, answer.headers["location"]) == (302, "/")
+    (session,) = re.findall(r"sessionid=(\w+)", answer.headers["set-cookie"])
+    with_cookies["cookie"] = f"sessionid={session}; {with_cookies['cookie']}"
+    page = client.request("GET", "/", **with_cookies)
+    (token,) = re.findall(r'data-csrf-token="(\w+)"', page.text)
+    refused(client.chat(**with_cookies), 403, "forbidden", STALE)
+    assert client.chat(x_csrftoken=token, **with_cookies).events[-1] == "done"
+    assert payers(settled()) == [[f"user:{grace.pk}", "site"]]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x_csrftoken": ""},
+        {"x_csrftoken": "b" * 32},
+        {"x_csrftoken": "too short"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+    ],
+    ids=str,
+)
+def test_a_foreign_page_cannot_spend_a_users_budget(
+    client: Client, ada: User, upstream: FakeUpstream, headers: dict[str, str]
+) -> None:
+    refused(client.chat(**{**log_in(ada), **headers}), 403, "forbidden", STALE)
+    assert upstream.requests == []
+    assert not Reservation.objects.exists()
+
+
+@on_sqlite
+def test_a_page_without_its_csrf_cookie_cannot_either(client: Client, ada: User) -> None:
+    headers = log_in(ada)
+    session = headers["cookie"].partition(";")[0]
+    refused(client.chat(**{**headers, "cookie": session}), 403, "forbidden", STALE)
+
+
+@on_sqlite
+def test_the_sites_own_page_may_name_its_origin(client: Client, ada: User, settled: Settled) -> None:
+    assert client.chat(origin=f"http://127.0.0.1:{client.port}", **log_in(ada)).status == 200
+    assert payers(settled()) == [[f"user:{ada.pk}", "site"]]
+
+
+@on_sqlite
+def test_reading_what_is_left_needs_no_csrf_token(client: Client, ada: User) -> None:
+    cookie = log_in(ada)["cookie"]
+    assert client.usage(cookie=cookie)["remainingToday"] == 70_000
+
+
+@on_sqlite
+def test_an_anonymous_request_has_no_cookie_to_forge_with(client: Client, settled: Settled) -> None:
+    assert client.chat(cookie="csrftoken=other", origin="https://elsewhere.example").status == 200
+    assert payers(settled()) == [["ip:127.0.0.1", "site"]]
+
+
+@on_sqlite
+@pytest.mark.parametrize("cookie", ["", "sessionid=", "sessionid=made-up", "sessionid=" + "x" * 3000])
+def test_who_is_not_logged_in_is_asked_to(
+    client: Client, upstream: FakeUpstream, configure: Configure, cookie: str
+) -> None:
+    configure(ALLOW_ANONYMOUS=False)
+    answer = client.chat(cookie=cookie)
+    refused(answer, 401, "not_authenticated", LOGIN)
+    assert answer.json["retryable"] is False
+    refused(client.request("GET", "/api/usage", cookie=cookie), 401, "not_authenticated", LOGIN)
+    assert upstream.requests == []
+
+
+@on_sqlite
+def test_a_user_who_was_deactivated_is_nobody(client: Client, ada: User, configure: Configure) -> None:
+    configure(ALLOW_ANONYMOUS=False)
+    headers = log_in(ada)
+    User.objects.update(is_active=False)
+    refused(client.chat(**headers), 401, "not_authenticated", LOGIN)
+
+
+@on_sqlite
+def test_two_users_have_a_budget_each_and_share_the_sites(
+    client: Client, ada: User, settled: Settled, configure: Configure
+) -> None:
+    grace = User.objects.create_user("grace")
+    small = {**HELLO, "dailyTokenLimit": 74}
+    assert client.chat(small, **log_in(ada)).status == 200
+    assert client.chat(small, **log_in(ada)).json["code"] == "daily_budget_exceeded"
+    assert client.chat(small, **log_in(grace)).status == 200
+    configure(SITE_DAILY_TOKEN_LIMIT=28 + 73)
+    assert client.chat(HELLO, **log_in(grace)).json["code"] == "daily_budget_exceeded"
+
+
+# Addresses.
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "payer"),
+    [
+        # Nobody is trusted: the header is whatever the client wrote.
+        (0, "192.0.2.7", "127.0.0.1"),
+        (1, "", "127.0.0.1"),
+        (1, "192.0.2.7", "192.0.2.7"),
+        # A client behind one proxy writes a header of its own: the proxy adds to it.
+        (1, "198.51.100.1, 192.0.2.7", "192.0.2.7"),
+        (2, "198.51.100.1, 192.0.2.7", "198.51.100.1"),
+        (2, "203.0.113.9, 198.51.100.1, 192.0.2.7", "198.51.100.1"),
+        # Somebody went round a proxy.
+        (2, "192.0.2.7", "127.0.0.1"),
+        (3, "198.51.100.1, 192.0.2.7", "127.0.0.1"),
+        (1, "nonsense", "127.0.0.1"),
+        (1, "192.0.2.7:8080", "127.0.0.1"),
+        (1, "999.1.1.1", "127.0.0.1"),
+        (1, "192.0.2.7,", "192.0.2.7"),
+        (1, " , 192.0.2.7 , ", "192.0.2.7"),
+        (1, "user:1", "127.0.0.1"),
+        (1, "site", "127.0.0.1"),
+        (1, "192.0.2.7\t", "192.0.2.7"),
+        # One IPv4 address is one payer, however it is written.
+        (1, "::ffff:192.0.2.7", "192.0.2.7"),
+        # A subscriber has 2^64 IPv6 addresses, and one budget.
+        (1, "2a00:1450:4001:81b:1:2:3:4", "2a00:1450:4001:81b::"),
+        (1, "2A00:1450:4001:081B:FFFF::1", "2a00:1450:4001:81b::"),
+        (1, "2a00:1450:4001:81c::1", "2a00:1450:4001:81c::"),
+        (1, "fe80::1", "fe80::1"),
+        (1, "::1", "::1"),
+    ],
+)
+def test_an_anonymous_client_pays_by_its_address(
+    client: Client, configure: Configure, settled: Settled, trusted: int, forwarded: str, payer: str
+) -> None:
+    configure(TRUSTED_PROXIES=trusted)
+    headers = {"x_forwarded_for": forwarded} if forwarded else {}
+    assert client.chat(**headers).status == 200
+    assert payers(settled()) == [[f"ip:{payer}", "site"]]
+
+
+@on_sqlite
+def test_a_made_up_address_is_no_fresh_budget(client: Client, configure: Configure) -> None:
+    configure(TRUSTED_PROXIES=1)
+    small = {**HELLO, "dailyTokenLimit": 74}
+    codes = [client.chat(small, x_forwarded_for=f"198.51.100.{n}, 192.0.2.7").status for n in range(3)]
+    assert codes == [200, 429, 429]
+
+
+# A site's own rule.
+
+
+@on_sqlite
+def test_a_site_may_charge_a_team_too(
+    client: Client, ada: User, configure: Configure, settled: Settled
+) -> None:
+    def payer(request: Any, accounts: list[str]) -> list[str]:
+        assert accounts == [f"user:{ada.pk}"]
+        assert request.path == "/api/chat"
+        return [*accounts, "team:blue"]
+
+    configure(PAYER=payer, ALLOW_ANONYMOUS=False)
+    assert client.chat(**log_in(ada)).status == 200
+    assert payers(settled()) == [[f"user:{ada.pk}", "team:blue", "site"]]
+    used = dict(DailyUsage.objects.values_list("account", "tokens_used"))
+    assert used == {f"user:{ada.pk}": 14, "team:blue": 14, "site": 14}
+
+
+@on_sqlite
+def test_a_teams_budget_closes_for_all_its_members(
+    client: Client, configure: Configure, upstream: FakeUpstream
+) -> None:
+    configure(PAYER=lambda request, accounts: [*accounts, "team:blue"], TRUSTED_PROXIES=1)
+    Account.objects.create(name="team:blue", daily_token_limit=74)
+    assert client.chat(x_forwarded_for="192.0.2.1").data("usage")["remainingToday"] == 60
+    assert client.chat(x_forwarded_for="192.0.2.2").json["code"] == "daily_budget_exceeded"
+
+
+async def by_tenant(request: Any, accounts: list[str]) -> tuple[str, ...]:
+    """Named by its dotted path in the settings, as sites do."""
+    await asyncio.sleep(0)
+    if tenant := request.headers.get("X-Tenant"):
+        return (f"tenant:{tenant}",)
+    raise PermissionDenied("no tenant")
+
+
+@on_sqlite
+def test_a_site_may_charge_somebody_else_and_ask_its_database_who(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    configure(PAYER="tests.test_accounts.by_tenant", ALLOW_ANONYMOUS=False)
+    assert client.chat(x_tenant="acme").status == 200
+    assert payers(settled()) == [["tenant:acme", "site"]]
+    refused(client.chat(), 403, "forbidden", "You may not use the chat.")
+
+
+@on_sqlite
+def test_a_rule_sees_nobody_where_anonymous_use_is_off_and_may_leave_it_at_that(
+    client: Client, configure: Configure
+) -> None:
+    seen: list[list[str]] = []
+
+    def payer(request: Any, accounts: list[str]) -> list[str]:
+        seen.append(list(accounts))
+        return accounts
+
+    configure(PAYER=payer, ALLOW_ANONYMOUS=False)
+    refused(client.chat(), 401, "not_authenticated", LOGIN)
+    assert seen == [[]]
+
+
+@on_sqlite
+def test_a_rule_may_name_one_account_without_a_list(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    """Else each of its letters would be an account, with a budget of its own."""
+    configure(PAYER=lambda request, accounts: "team:blue")
+    assert client.chat().events[-1] == "done"
+    assert payers(settled()) == [["team:blue", "site"]]
+
+
+@on_sqlite
+def test_an_account_that_is_named_twice_is_charged_once(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    configure(PAYER=lambda request, accounts: ["team:a", "team:b", "team:a"])
+    client.chat()
+    assert payers(settled()) == [["team:a", "team:b", "site"]]
+    assert DailyUsage.objects.get(account="team:a").tokens_used == 14
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        7,
+        "",
+        "site",
+        [None],
+        [""],
+        [7],
+        ["x" * 201],
+        ["site"],
+        ["user:1", "site"],
+        [["team:blue"]],
+        [b"team"],
+    ],
+    ids=repr,
+)
+def test_a_rule_that_names_no_accounts_fails_before_anything_is_spent(
+    client: Client,
+    configure: Configure,
+    upstream: FakeUpstream,
+    answer: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    configure(PAYER=lambda request, accounts: answer)
+    refused(client.chat(), 500, "internal_error", "AI request failed")
+    assert upstream.requests == []
+    assert not Reservation.objects.exists()
+    assert "payer" in caplog.text.lower() or "account" in caplog.text.lower()
+
+
+@on_sqlite
+def test_an_account_may_have_any_name_of_200_characters(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b"]
+    configure(PAYER=lambda request, accounts: names)
+    assert client.chat().events[-1] == "done"
+    assert payers(settled()) == [[*names, "site"]]
+
+
+@on_postgres
+def test_postgres_keeps_any_name_too(client: Client, configure: Configure, settled: Settled) -> None:
+    names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b", "{a}", "\\"]
+    configure(PAYER=lambda request, accounts: names)
+    assert client.chat().events[-1] == "done"
+    assert payers(settled()) == [[*names, "site"]]
+
+
+# What an operator decided.
+
+
+def test_pausing_the_site_stops_every_chat(client: Client, upstream: FakeUpstream, database: str) -> None:
+    row = Account.objects.using(database).create(name="site", paused=True)
+    for _ in range(2):
+        answer = client.chat()
+        refused(answer, 503, "paused", PAUSED)
+        assert (answer.json["retryable"], answer.headers["retry-after"]) == (True, "60")
+    assert upstream.requests == []
+    row.paused = False
+    row.save()
+    assert client.chat().status == 200
+
+
+@on_sqlite
+def test_pausing_one_payer_stops_only_that_one(client: Client, configure: Configure) -> None:
+    configure(TRUSTED_PROXIES=1)
+    Account.objects.create(name="ip:192.0.2.1", paused=True)
+    refused(client.chat(x_forwarded_for="192.0.2.1"), 503, "paused", PAUSED)
+    assert client.chat(x_forwarded_for="192.0.2.2").status == 200
+
+
+@on_sqlite
+def test_pausing_a_team_stops_its_members(client: Client, configure: Configure) -> None:
+    configure(PAYER=lambda request, accounts: [*accounts, "team:blue"])
+    Account.objects.create(name="team:blue", paused=True)
+    refused(client.chat(), 503, "paused", PAUSED)
+
+
+@on_sqlite
+def test_an_operator_may_force_a_profile_whatever_is_asked_for(
+    client: Client, upstream: FakeUpstream, edit_profile: EditProfile, settled: Settled
+) -> None:
+    vip = edit_profile("vip", model="gpt-4o", max_output_tokens=77, max_tokens_per_request=4096)
+    Account.objects.create(name="ip:127.0.0.1", profile=vip)
+    assert client.chat({**HELLO, "profile": "expanded"}).status == 200
+    sent = upstream.requests[0].json
+    assert (sent["model"], sent["max_tokens"]) == ("gpt-4o", 77)
+    assert settled()[0].profile == "vip"
+    assert client.usage()["profile"] == "vip"
+
+
+@on_sqlite
+def test_a_profile_that_clients_cannot_name_serves_whom_it_is_forced_on(
+    client: Client, upstream: FakeUpstream, edit_profile: EditProfile, settled: Settled
+) -> None:
+    vip = edit_profile("vip", max_output_tokens=77)
+    assert client.chat({**HELLO, "profile": "vip"}).status == 200
+    assert settled()[0].profile == "balanced"
+    Account.objects.create(name="ip:127.0.0.1", profile=vip)
+    assert client.chat().status == 200
+    assert settled()[1].profile == "vip"
+
+
+@on_sqlite
+@pytest.mark.parametrize(("typed", "limit"), [(1000, 1000), (70_000, 70_000), (10**12, 70_000), (0, 0)])
+def test_an_operator_may_lower_a_payers_daily_limit_and_not_raise_it(
+    client: Client, upstream: FakeUpstream, typed: int, limit: int
+) -> None:
+    Account.objects.create(name="ip:127.0.0.1", daily_token_limit=typed)
+    assert client.usage()["dailyTokenLimit"] == limit
+    answer = client.chat()
+    if limit:
+        assert answer.data("usage")["remainingToday"] == limit - 14
+    else:
+        assert answer.json["code"] == "daily_budget_exceeded"
+        assert upstream.requests == []
+
+
+@on_sqlite
+def test_an_operator_may_lower_the_sites_limit_and_not_raise_it(client: Client, configure: Configure) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=1000)
+    Account.objects.create(name="site", daily_token_limit=10**9)
+    assert client.chat().data("usage")["remainingToday"] == 986
+    Account.objects.update_or_create(name="site", defaults={"daily_token_limit": 500})
+    assert client.chat().data("usage")["remainingToday"] == 472
+
+
+@on_sqlite
+def test_the_lowest_of_profile_account_and_request_is_in_force(client: Client) -> None:
+    Account.objects.create(name="ip:127.0.0.1", daily_token_limit=5000)
+    assert client.chat({**HELLO, "dailyTokenLimit": 6000}).data("usage")["remainingToday"] == 5000 - 14
+    assert client.chat({**HELLO, "dailyTokenLimit": 4000}).data("usage")["remainingToday"] == 4000 - 28
+
+
+def test_pausing_ends_the_answers_that_are_being_written(
+    client: Client, upstream: FakeUpstream, configure: Configure, database: str, settled: Settled
+) -> None:
+    """With every renewal of the leases, so here within a third of three seconds."""
+    configure(LEASE_SECONDS=3)
+    upstream.replies(Reply("one", "two", gate_after=1))
+    with client.stream() as stream:
+        stream.until("token")
+        paused_at = time.monotonic()
+        Account.objects.using(database).create(name="ip:127.0.0.1", paused=True)
+        (event, data), *rest = stream.rest()
+    assert time.monotonic() - paused_at < 3
+    assert (event, rest) == ("error", [])
+    assert json.loads(data) == {"message": PAUSED, "code": "paused", "retryable": True, "retryAfter": 60}
+    upstream.wait_for_disconnect()
+    (row,) = settled()
+    assert (row.outcome, row.usage_source) == ("stopped", "counted")
+    assert row.tokens_charged == 10 + 1
