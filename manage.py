@@ -10,9 +10,7 @@ def main() -> None:
     try:
         from django.core.management import execute_from_command_line
     except ImportError as exc:
-        raise ImportError(
-            "Django is not installed for this Python. Is the virtual environment the right one?"
-        ) from exc
+        raise ImportError("Django is not installed for this Python. Is the virtual environment the right one?") from exc
     if sys.argv[1:2] == ["demo"]:
         # Settings are read before a command runs, so what the demo presumes must be in place by now.
         from project.env import presume

@@ -43,9 +43,7 @@ async def _default(request: HttpRequest) -> list[str]:
     user = await request.auser() if hasattr(request, "auser") else None
     if user is not None and user.is_authenticated:
         if refused := await _csrf_failure(request):
-            raise Forbidden(
-                "The page is out of date (CSRF check failed). Reload it and try again."
-            ) from refused
+            raise Forbidden("The page is out of date (CSRF check failed). Reload it and try again.") from refused
         return [f"user:{user.pk}"]
     return [f"ip:{address(request)}"] if settings.ALLOW_ANONYMOUS else []
 
@@ -53,9 +51,11 @@ async def _default(request: HttpRequest) -> list[str]:
 def _checked(account: object) -> str:
     if isinstance(account, str) and 0 < len(account) <= MAX_LENGTH and account != SITE:
         return account
-    raise ImproperlyConfigured(
-        f"An account must be a string of 1 to {MAX_LENGTH} characters, not {account!r}."
-    )
+    raise ImproperlyConfigured(f"An account must be a string of 1 to {MAX_LENGTH} characters, not {account!r}.")
+
+
+def _no_view(request: HttpRequest) -> HttpResponse:
+    return HttpResponse()
 
 
 class _CsrfCheck(CsrfViewMiddleware):
@@ -70,12 +70,12 @@ async def _csrf_failure(request: HttpRequest) -> PermissionDenied | None:
     """
 
     def check() -> PermissionDenied | None:
-        middleware = _CsrfCheck(lambda request: HttpResponse())
+        middleware = _CsrfCheck(_no_view)
         # A JSON request has its token in a header: a form, which may be broken or large, is not looked into.
         request.POST = QueryDict()
         try:
             middleware.process_request(request)
-            middleware.process_view(request, None, (), {})
+            middleware.process_view(request, _no_view, (), {})
         except PermissionDenied as refused:
             return refused
         return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from django.contrib import admin
 from django.db import models
 from django.http import HttpRequest
-from django.utils.safestring import SafeString
 from django.utils.html import format_html
+from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from .limits import FIELDS, clamp, hard_caps
@@ -25,9 +25,7 @@ class ProfileAdmin(admin.ModelAdmin):
             _("Limits"),
             {
                 "fields": tuple((name, f"{name}_in_force") for name in FIELDS),
-                "description": _(
-                    "Whatever is typed here, the code's HARD_CAPS still apply: see what is in force."
-                ),
+                "description": _("Whatever is typed here, the code's HARD_CAPS still apply: see what is in force."),
             },
         ),
     )
@@ -43,9 +41,7 @@ def _in_force(name: str) -> Any:
         shown = _("not sent") if value is None else f"{value:,}"
         if value == typed:
             return str(shown)
-        return format_html(
-            '<strong title="{}">{}</strong>', _("%s was typed, HARD_CAPS allow this") % typed, shown
-        )
+        return format_html('<strong title="{}">{}</strong>', _("%s was typed, HARD_CAPS allow this") % typed, shown)
 
     return in_force
 
@@ -115,4 +111,3 @@ class AdjustmentAdmin(LedgerAdmin):
 class RateWindowAdmin(LedgerAdmin):
     list_display = ("window_start", "window_seconds", "account", "count")
     search_fields = ("account",)
-    list_filter: ClassVar = ()

@@ -1,6 +1,6 @@
 """Django's ASGI application with its request threads kept for the next request. Optional: use it in ``asgi.py``.
 
-    from chatnest.asgi import get_asgi_application
+    application = share_threads(get_asgi_application())
 
 asgiref makes a thread for each request that runs sync code, and another to wait for its end; and Django runs
 some for every request, if only to look after database connections that an async view never opened. Here a
@@ -9,17 +9,16 @@ request borrows a thread when it needs one, and the connections are looked after
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
-from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
-from django.core.asgi import get_asgi_application as get_django_application
 from django.core import signals
 from django.db import close_old_connections, connections, reset_queries
 
 T = TypeVar("T")
+ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
 IDLE_THREADS: Final = 64
 
@@ -67,7 +66,7 @@ def let_request_thread_go() -> None:
             executor.submit(_close_connections)
             executor.shutdown()
     elif executor:
-        del SyncToAsync.context_to_thread_executor[context]  # asgiref makes another when it needs one
+        SyncToAsync.context_to_thread_executor.pop(context)  # type: ignore[arg-type]  # asgiref makes another when it needs one
         executor.submit(_close_connections)
         executor.shutdown(wait=False)
 
@@ -83,21 +82,17 @@ def _look_after_connections() -> None:
     close_old_connections()
 
 
-Application = Callable[[Scope, ASGIReceiveCallable, ASGISendCallable], Any]
+def share_threads(application: ASGI) -> ASGI:
+    """Django's ``application`` (or one around it) with its threads shared by the process's requests.
 
-
-def get_asgi_application() -> Application:
-    """What ``django.core.asgi.get_asgi_application`` returns, with threads shared by the process's requests."""
-    application = get_django_application()
-    # For these, Django's every request would go to a thread twice more.
+    Django's own receivers that look after connections are disconnected: for them, every request would go to a
+    thread twice more.
+    """
     signals.request_started.disconnect(reset_queries)
     signals.request_started.disconnect(close_old_connections)
     signals.request_finished.disconnect(close_old_connections)
-    return share_threads(application)  # type: ignore[arg-type]
 
-
-def share_threads(application: Application) -> Application:
-    async def shared(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+    async def shared(scope: Any, receive: Any, send: Any) -> None:
         thread = BorrowedThread()
         try:
             async with ThreadSensitiveContext(executor=thread):

@@ -26,7 +26,8 @@ from .conf import settings
 from .models import Adjustment, DailyUsage, RateWindow, Reservation
 
 PRUNED: Final = "pruned"  # the reason of the adjustment that stands for an account's deleted rows of a day
-BATCH: Final = 1000
+BATCH: Final = 1000  # rows deleted in a transaction
+MANY: Final = 10_000  # accounts repaired in a transaction, which reads the day once more
 GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may yet be settled
 
 # What is proven; of an account and day that were pruned, only the first two still can be.
@@ -52,9 +53,7 @@ class Discrepancy:
         return self.computed >= 0
 
     def __str__(self) -> str:
-        text = (
-            f"{self.day} {self.account} {self.field}: {self.stored:,} stored, {self.computed:,} by its rows"
-        )
+        text = f"{self.day} {self.account} {self.field}: {self.stored:,} stored, {self.computed:,} by its rows"
         if self.repaired:
             return f"{text} (repaired)"
         return text if self.repairable else f"{text} (not repairable: a charge or an adjustment is missing)"
@@ -141,8 +140,8 @@ def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:
     """Those that are still there once their rows are locked, as mended."""
     names = sorted({difference.account for difference in differences})
     found = []
-    for start in range(0, len(names), BATCH):
-        batch = set(names[start : start + BATCH])
+    for start in range(0, len(names), MANY):
+        batch = set(names[start : start + MANY])
         with transaction.atomic(using=settings.DATABASE_ALIAS):
             book = Book(keys=[(day, account) for account in batch])
             for one in _differences(day):

@@ -91,7 +91,9 @@ class Batcher:
 
     async def policy(self) -> Policy:
         """The policy, at most two seconds old. Raises LedgerUnavailable."""
-        return self._fresh_policy() or await self.query(self._read_policy)
+        if policy := self._fresh_policy():
+            return policy
+        return await self.query(self._read_policy)
 
     def _fresh_policy(self) -> Policy | None:
         return self._policy if time.monotonic() - self._policy_read < FRESH_SECONDS else None
@@ -172,9 +174,7 @@ class Batcher:
         if self._thread is None and self._starting.acquire(blocking=False):
             try:
                 if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=Worker(self).run, name="chatnest-ledger", daemon=True
-                    )
+                    self._thread = threading.Thread(target=Worker(self).run, name="chatnest-ledger", daemon=True)
                     self._thread.start()
             finally:
                 self._starting.release()
@@ -208,9 +208,7 @@ class Worker:
             self._work([job for job in jobs if job])
         if self._kept:
             self._work([])
-            logger.error(
-                "Ending with %d settlements unwritten: their leases charge the full hold", len(self._kept)
-            )
+            logger.error("Ending with %d settlements unwritten: their leases charge the full hold", len(self._kept))
         connections.close_all()
 
     def _gather(self) -> list[Job | None]:

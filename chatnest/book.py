@@ -27,6 +27,7 @@ Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
 Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
 MOST_OVERDUE: Final = 500
+LATE: Final = "settled late"  # how the reason of such an adjustment begins
 State, UsageSource = Reservation.State, Reservation.UsageSource
 
 
@@ -77,21 +78,19 @@ def today(now: datetime | None = None) -> date:
 class Book:
     """Opened inside a transaction with what will be touched; ``write`` before the commit.
 
-    ``accounts`` are today's, ``keys`` those of a given day. ``overdue`` are the open reservations whose lease
-    has run out. They are not locked, and nothing here waits for them: charged in full, they commit what they hold.
+    ``overdue`` are the open reservations whose lease has run out. They are not locked, and nothing here waits
+    for them: charged in full, they commit what they hold.
     """
 
     def __init__(
         self,
         *,
-        accounts: Iterable[str] = (),
         keys: Iterable[Key] = (),
         ids: Iterable[UUID] = (),
         rates: Iterable[Rate] = (),
     ) -> None:
         self._alias: str = settings.DATABASE_ALIAS
         self.now = timezone.now()
-        self.today = today(self.now)
         self._usage: dict[Key, Usage] = {}
         self.reservations: dict[UUID, Held] = {}
         self._rates = {rate: [0, 0] for rate in rates}
@@ -100,9 +99,9 @@ class Book:
         self._inserted: dict[UUID, dict[str, Any]] = {}
         self._changed: dict[UUID, Held] = {}
         self._posted: set[Key] = set()
-        self._counted: Counter[Rate] = Counter()
+        self._counted: Counter[tuple[date, Rate]] = Counter()
         self._adjustments: list[dict[str, Any]] = []
-        self._read(sorted({*((self.today, name) for name in accounts), *keys}), sorted(set(ids)))
+        self._read(sorted(set(keys)), sorted(set(ids)))
 
     # Reading: all in one round trip, the locks first.
 
@@ -215,7 +214,15 @@ class Book:
     def rate(self, payer: str, seconds: int) -> tuple[int, int, float]:
         """The requests in this window and in the one before, and how much of this one has passed (0 to 1)."""
         this, last = self._rates[payer, seconds]
-        return this, last, self.now.timestamp() % seconds / seconds
+        return this, last, (self.now - self._windows(seconds)[0]).total_seconds() / seconds
+
+    def was_reset(self, day: date, account: str, since: datetime | None) -> bool:
+        """Whether what the account had used by then was forgiven: all adjustments but late ones are resets."""
+        earlier = Adjustment.objects.using(self._alias).filter(day=day, account=account, created_at__gte=since)
+        return earlier.exclude(reason__startswith=LATE).exists() or any(
+            (row["day"], row["account"]) == (day, account) and not row["reason"].startswith(LATE)
+            for row in self._adjustments
+        )
 
     # Changing.
 
@@ -241,13 +248,12 @@ class Book:
         if held.payer in self._streams and not held.is_overdue:
             self._streams[held.payer] -= 1
 
-    def count_request(self, payer: str, seconds: int) -> None:
+    def count_request(self, day: date, payer: str, seconds: int) -> None:
         self._rates[payer, seconds][0] += 1
-        self._counted[payer, seconds] += 1
+        self._counted[day, (payer, seconds)] += 1
 
     def adjust(self, day: date, account: str, tokens: int, *, reason: str, actor: str = "") -> None:
-        """Correct a day's use beside its charges, never below zero: what a reset forgave cannot be refunded too."""
-        tokens = max(tokens, -self.used(day, account))
+        """Correct a day's use beside its charges."""
         if tokens:
             self.post(day, account, tokens_used=tokens)
             self._adjustments.append(
@@ -268,13 +274,13 @@ class Book:
         posted = [_columns(self._usage[key], Usage.__struct_fields__) for key in sorted(self._posted)]
         counted = [
             {
-                "day": self.today,
+                "day": day,
                 "account": payer,
                 "window_start": self._windows(seconds)[0],
                 "window_seconds": seconds,
                 "count": count,
             }
-            for (payer, seconds), count in self._counted.items()
+            for (day, (payer, seconds)), count in self._counted.items()
         ]
         run(
             self._alias,
@@ -298,8 +304,6 @@ def _columns(row: msgspec.Struct, names: Iterable[str]) -> dict[str, Any]:
 
 def _held(row: tuple[Any, ...]) -> Held:
     """Both databases keep JSON as text here; SQLite also UUIDs, and times without their zone, which is UTC."""
-    held = Held(*row)
-    held.id = held.id if isinstance(held.id, UUID) else UUID(held.id)
-    held.accounts = msgspec.json.decode(held.accounts)  # type: ignore[arg-type]
-    held.settled_at = held.settled_at and held.settled_at.replace(tzinfo=UTC)
-    return held
+    id, day, payer, accounts, tokens, *middle, settled_at, is_overdue = row
+    settled_at = settled_at and settled_at.replace(tzinfo=UTC)
+    return Held(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle, settled_at, is_overdue)

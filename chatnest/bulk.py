@@ -33,9 +33,7 @@ def statement(sql: str, *parameters: Any) -> Statement:
     return sql, flat
 
 
-def insert(
-    alias: str, model: type[models.Model], rows: Sequence[Row], on_conflict: str = ""
-) -> list[Statement]:
+def insert(alias: str, model: type[models.Model], rows: Sequence[Row], on_conflict: str = "") -> list[Statement]:
     """Insert ``rows``, which all have the same columns; ``on_conflict`` is the SQL of an upsert's rest."""
     if not rows:
         return []
@@ -65,9 +63,7 @@ def run(alias: str, statements: Sequence[Statement]) -> list[Rows]:
             return [_rows(cursor.execute(*one)) for one in statements]
         if not statements:
             return []
-        cursor.execute(
-            ";".join(sql for sql, _ in statements), [p for _, parameters in statements for p in parameters]
-        )
+        cursor.execute(";".join(sql for sql, _ in statements), [p for _, parameters in statements for p in parameters])
         results = [_rows(cursor)]
         while cursor.nextset():
             results.append(_rows(cursor))

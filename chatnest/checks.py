@@ -49,9 +49,7 @@ def _check_caps() -> list[CheckMessage]:
                 )
             )
         elif not is_cap(name, cap):
-            messages.append(
-                Error(f"HARD_CAPS[{name!r}] must be a number, 0 or more, not {cap!r}.", id="chatnest.E005")
-            )
+            messages.append(Error(f"HARD_CAPS[{name!r}] must be a number, 0 or more, not {cap!r}.", id="chatnest.E005"))
     if not hard_caps().can_answer():
         messages.append(
             Warning(
@@ -66,10 +64,8 @@ def _check_caps() -> list[CheckMessage]:
 def _check_protection() -> list[CheckMessage]:
     messages: list[CheckMessage] = []
     if not settings.OPENAI_API_KEY and settings.OPENAI_BASE_URL.startswith("https://api.openai.com"):
-        messages.append(
-            Warning("CHATNEST has no OPENAI_API_KEY: OpenAI will refuse every chat.", id="chatnest.W002")
-        )
-    if tokens.toktok is None:
+        messages.append(Warning("CHATNEST has no OPENAI_API_KEY: OpenAI will refuse every chat.", id="chatnest.W002"))
+    if not tokens.EXACT:
         messages.append(
             Warning(
                 "toktok is not installed: prompts are bounded by their bytes, about four times their tokens.",

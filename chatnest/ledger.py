@@ -12,20 +12,23 @@ but where a provider used more than it was allowed: all of it is charged, and th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from uuid import UUID
 
-from django.db import DatabaseError, transaction
+from django.db import DatabaseError, Error, transaction
 from django.utils import timezone
 
-from .book import Book, Held
+from .book import LATE, Book, Held
 from .book import today as today  # the ledger's day is its users' too
 from .conf import settings, time_zone
 from .errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from .limits import rate_wait
 from .models import Account, DailyUsage, Reservation
+
+logger = logging.getLogger("chatnest.ledger")
 
 State, Outcome, UsageSource = Reservation.State, Reservation.Outcome, Reservation.UsageSource
 
@@ -52,6 +55,8 @@ class Reserve:
     rate_max_requests: int
     rate_window_seconds: int
     max_concurrent_streams: int
+    # Fixed by the asking, like the id: asked again after midnight, it is still found.
+    day: date = field(default_factory=today)
 
     @property
     def payer(self) -> str:
@@ -134,7 +139,10 @@ def apply(operations: Sequence[Operation]) -> list[Answer]:
             raise CommitUnknown(*error.args) from error
         raise
     if book.overdue:
-        expire(book.overdue)
+        try:
+            expire(book.overdue)
+        except Error:  # the answers are committed: that somebody's lease cannot be charged is nothing to them
+            logger.exception("%d overdue leases cannot be charged", len(book.overdue))
     return answers
 
 
@@ -157,10 +165,12 @@ def renew(ids: Sequence[UUID]) -> tuple[set[UUID], set[str]]:
     """
     alias = settings.DATABASE_ALIAS
     held = Reservation.objects.using(alias).filter(id__in=ids)
+    locked = held.open().order_by("id").select_for_update()  # in the order in which a book locks them
     until = timezone.now() + timedelta(seconds=settings.LEASE_SECONDS)
     stopped: set[UUID] = set()
-    if ids and held.open().update(expires_at=until) < len(ids):
-        stopped = set(ids) - set(held.exclude(state=State.SETTLED).values_list("id", flat=True))
+    with transaction.atomic(using=alias):
+        if ids and held.filter(id__in=locked.values("id")).update(expires_at=until) < len(ids):
+            stopped = set(ids) - set(held.exclude(state=State.SETTLED).values_list("id", flat=True))
     return stopped, set(Account.objects.using(alias).filter(paused=True).values_list("name", flat=True))
 
 
@@ -180,8 +190,8 @@ def open_book(operations: Sequence[Operation]) -> Book:
     stops = [ask for ask in operations if isinstance(ask, Stop)]
     resets = [ask for ask in operations if isinstance(ask, Reset)]
     return Book(
-        accounts=[account for ask in reserves for account in ask.budgets],
         keys=[
+            *((ask.day, account) for ask in reserves for account in ask.budgets),
             *((ask.hold.day, account) for ask in settles for account in ask.hold.budgets),
             *((ask.day, account) for ask in stops for account in ask.accounts),
             *((ask.day, ask.account) for ask in resets),
@@ -211,8 +221,8 @@ def _reserve(book: Book, ask: Reserve) -> Hold:
     if row is None:
         _admit(book, ask)
         row = _hold_tokens(book, ask, ask.prompt_tokens + _fit(book, ask))
-    elif row.state != State.OPEN:
-        raise InternalError()  # resolved already: its upstream must not be called again
+    elif row.state != State.OPEN or row.is_overdue:
+        raise InternalError()  # resolved, or about to be: its upstream must not be called again
     return Hold(
         id=row.id,
         day=row.day,
@@ -226,28 +236,29 @@ def _reserve(book: Book, ask: Reserve) -> Hold:
 
 def _admit(book: Book, ask: Reserve) -> None:
     wait = rate_wait(ask.rate_max_requests, *book.rate(ask.payer, ask.rate_window_seconds))
-    if wait > 0:
-        raise RateLimited(retry_after=wait * ask.rate_window_seconds)
+    # To the clock's own microsecond, or a fraction's rounding would break what Retry-After promised.
+    if (seconds := round(wait * ask.rate_window_seconds, 6)) > 0:
+        raise RateLimited(retry_after=seconds)
     if book.streams(ask.payer) >= ask.max_concurrent_streams:
         raise TooManyStreams(retry_after=5)
 
 
 def _fit(book: Book, ask: Reserve) -> int:
     """The answer's allowance: what was asked, or what the tightest budget has left if that is enough."""
-    room = min(limit - book.committed(book.today, account) for account, limit in ask.budgets.items())
+    room = min(limit - book.committed(ask.day, account) for account, limit in ask.budgets.items())
     output = min(ask.max_output_tokens, room - ask.prompt_tokens)
     if output < min(ask.min_output_tokens, ask.max_output_tokens):
-        raise DailyBudgetExceeded(retry_after=(day_ends(book.today) - book.now).total_seconds())
+        raise DailyBudgetExceeded(retry_after=(day_ends(ask.day) - book.now).total_seconds())
     return output
 
 
 def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Held:
-    held = Held(id=ask.id, day=book.today, payer=ask.payer, accounts=list(ask.budgets), tokens=tokens)
+    held = Held(id=ask.id, day=ask.day, payer=ask.payer, accounts=list(ask.budgets), tokens=tokens)
     lease = timedelta(seconds=settings.LEASE_SECONDS)
     book.insert(held, profile=ask.profile, model=ask.model, created_at=book.now, expires_at=book.now + lease)
-    book.count_request(ask.payer, ask.rate_window_seconds)
+    book.count_request(ask.day, ask.payer, ask.rate_window_seconds)
     for account in ask.budgets:
-        book.post(book.today, account, tokens_reserved=tokens, requests=1)
+        book.post(ask.day, account, tokens_reserved=tokens, requests=1)
     return held
 
 
@@ -257,8 +268,10 @@ def _remaining(book: Book, day: date, budgets: Mapping[str, int]) -> int:
 
 def _settle(book: Book, ask: Settle) -> int:
     row = book.reservations.get(ask.hold.id)
+    if row is None and ask.total_tokens:
+        row = _write_again(book, ask.hold)
     if row is None:
-        _settle_without_row(book, ask)
+        pass  # never committed, so never dispatched
     elif row.state == State.OPEN:
         _resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens)
         _record(book, row, ask)
@@ -271,16 +284,17 @@ def _settle_late(book: Book, row: Held, ask: Settle) -> None:
     """The hold is charged already: correct it beside the charge, once, for its source is no longer held."""
     row.usage_source = ask.source.value
     _record(book, row, ask)
+    correction = ask.total_tokens - row.tokens_charged
     for account in row.accounts:
-        book.adjust(row.day, account, ask.total_tokens - row.tokens_charged, reason=f"settled late: {row.id}")
+        if correction > 0 or not book.was_reset(row.day, account, since=row.settled_at):
+            book.adjust(row.day, account, correction, reason=f"{LATE}: {row.id}")
 
 
-def _settle_without_row(book: Book, ask: Settle) -> None:
-    """Never committed, so never dispatched; or somebody deleted the row, and what it used still counts."""
-    for account in ask.hold.budgets:
-        book.adjust(
-            ask.hold.day, account, ask.total_tokens, reason=f"its reservation was deleted: {ask.hold.id}"
-        )
+def _write_again(book: Book, hold: Hold) -> Held:
+    """Somebody deleted the row; what it used counts all the same, and once. It holds nothing any more."""
+    row = Held(id=hold.id, day=hold.day, payer=next(iter(hold.budgets)), accounts=list(hold.budgets), tokens=0)
+    book.insert(row, profile="", model=hold.model, created_at=book.now, expires_at=book.now)
+    return row
 
 
 def _record(book: Book, row: Held, ask: Settle) -> None:

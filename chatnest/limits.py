@@ -92,11 +92,13 @@ def profile_name(asked: object) -> str:
 
 def hard_caps() -> Limits:
     """``CHATNEST["HARD_CAPS"]`` over the defaults; a cap that is no number leaves the default."""
-    caps = {name: cap for name, cap in settings.HARD_CAPS.items() if name in FIELDS and is_cap(name, cap)}
+    caps: dict[str, Any] = {
+        name: cap for name, cap in settings.HARD_CAPS.items() if name in FIELDS and is_cap(name, cap)
+    }
     return replace(DEFAULT_HARD_CAPS, **caps)
 
 
-def is_cap(name: str, cap: object) -> bool:
+def is_cap(name: str, cap: Any) -> bool:
     """Whether ``cap`` can cap the limit ``name``."""
     return bool((is_number(cap) if name == "temperature" else is_whole(cap)) and cap >= 0)
 
@@ -116,7 +118,7 @@ def clamp(limits: Limits, caps: Limits) -> Limits:
 
 
 def _whole(value: object) -> int:
-    return max(0, int(value)) if is_number(value) else 0  # type: ignore[call-overload, no-any-return]
+    return max(0, int(value)) if is_number(value) else 0  # type: ignore[call-overload]
 
 
 def _temperature(value: Any, cap: float | None) -> float | None:

@@ -28,7 +28,10 @@ class OnLoop(MiddlewareMixin):
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         response = await self._call("process_request", self.waits_before(request), request)
         response = response or await self.get_response(request)  # type: ignore[misc]
-        return await self._call("process_response", self.waits_after(request), request, response) or response
+        changed: HttpResponseBase | None = await self._call(
+            "process_response", self.waits_after(request), request, response
+        )
+        return changed or response
 
     async def _call(self, name: str, waits: bool, *args: Any) -> Any:
         method = getattr(self, name, None)
@@ -69,10 +72,11 @@ class MessageMiddleware(OnLoop, messages.MessageMiddleware):
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         storage = SimpleLazyObject(lambda: default_storage(request))
         request._messages = storage  # type: ignore[attr-defined]
-        response: HttpResponseBase = await self.get_response(request)  # type: ignore[misc]
+        response: Any = await self.get_response(request)  # type: ignore[misc]
         if storage._wrapped is empty:  # nobody asked for messages, so there are none to store
-            return response
-        return await sync_to_async(self.process_response)(request, response)
+            return response  # type: ignore[no-any-return]
+        stored: HttpResponseBase = await sync_to_async(self.process_response)(request, response)
+        return stored
 
 
 class CsrfViewMiddleware(OnLoop, csrf.CsrfViewMiddleware):

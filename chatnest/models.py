@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from datetime import date, datetime
-from typing import ClassVar, Final, Self
+from typing import Final, Self
 
 from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator, RegexValidator
@@ -29,15 +29,11 @@ class Profile(models.Model):
         max_length=50,
         unique=True,
         validators=[RegexValidator(r"^[a-z0-9_-]+\Z", _("Use lower-case letters, digits, - and _."))],
-        help_text=_(
-            "Clients choose constrained, balanced or expanded; other names serve accounts that force them."
-        ),
+        help_text=_("Clients choose constrained, balanced or expanded; other names serve accounts that force them."),
     )
     enabled = models.BooleanField(
         default=True,
-        help_text=_(
-            "Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."
-        ),
+        help_text=_("Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."),
     )
     model = models.CharField(max_length=100, default=DEFAULT_MODEL)
     system_prompt = models.TextField(
@@ -62,12 +58,10 @@ class Profile(models.Model):
     daily_token_limit = models.PositiveBigIntegerField(help_text=_("For each payer, each day."))
     rate_max_requests = models.PositiveIntegerField(help_text=_("Requests of one payer in a rate window."))
     rate_window_seconds = models.PositiveIntegerField(validators=[MinValueValidator(1)])
-    max_concurrent_streams = models.PositiveIntegerField(
-        help_text=_("Answers being written for one payer at once.")
-    )
+    max_concurrent_streams = models.PositiveIntegerField(help_text=_("Answers being written for one payer at once."))
 
     class Meta:
-        ordering: ClassVar = ["name"]
+        ordering = ["name"]
 
     def __str__(self) -> str:
         return self.name
@@ -112,7 +106,7 @@ class Account(models.Model):
     paused = models.BooleanField(default=False)
 
     class Meta:
-        ordering: ClassVar = ["name"]
+        ordering = ["name"]
 
     def __str__(self) -> str:
         return self.name
@@ -148,8 +142,8 @@ class DailyUsage(models.Model):
 
     class Meta:
         verbose_name_plural = "daily usage"
-        ordering: ClassVar = ["-day", "account"]
-        constraints: ClassVar = [
+        ordering = ["-day", "account"]
+        constraints = [
             models.UniqueConstraint(fields=["day", "account"], name="chatnest_one_usage_a_day"),
             models.CheckConstraint(
                 condition=Q(
@@ -177,7 +171,7 @@ class RateWindow(models.Model):
     count = models.PositiveIntegerField(default=0)
 
     class Meta:
-        constraints: ClassVar = [
+        constraints = [
             models.UniqueConstraint(
                 # The day is in the key because the day's usage row is the lock that guards the count.
                 fields=["account", "window_start", "window_seconds", "day"],
@@ -185,7 +179,7 @@ class RateWindow(models.Model):
             ),
             models.CheckConstraint(condition=Q(window_seconds__gte=1), name="chatnest_window_has_length"),
         ]
-        indexes: ClassVar = [models.Index(fields=["day"], name="chatnest_window_day")]
+        indexes = [models.Index(fields=["day"], name="chatnest_window_day")]
 
     def __str__(self) -> str:
         return f"{self.account} from {self.window_start:%H:%M:%S}"
@@ -230,9 +224,7 @@ class Reservation(models.Model):
     )
     profile = models.CharField(max_length=50)
     model = models.CharField(max_length=100)
-    tokens = models.PositiveBigIntegerField(
-        help_text=_("The hold: the prompt's bound and the answer's allowance.")
-    )
+    tokens = models.PositiveBigIntegerField(help_text=_("The hold: the prompt's bound and the answer's allowance."))
     state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN)
     outcome = models.CharField(max_length=20, choices=Outcome.choices, blank=True, default="")
     usage_source = models.CharField(max_length=10, choices=UsageSource.choices, default=UsageSource.NONE)
@@ -246,21 +238,17 @@ class Reservation(models.Model):
     objects = ReservationQuerySet.as_manager()
 
     class Meta:
-        ordering: ClassVar = ["-created_at"]
-        constraints: ClassVar = [
-            models.CheckConstraint(
-                condition=Q(state__in=["open", "settled", "expired"]), name="chatnest_known_state"
-            ),
+        ordering = ["-created_at"]
+        constraints = [
+            models.CheckConstraint(condition=Q(state__in=["open", "settled", "expired"]), name="chatnest_known_state"),
             models.CheckConstraint(
                 condition=Q(state="open", settled_at=None, tokens_charged=0, outcome="")
                 | (~Q(state="open") & Q(settled_at__isnull=False) & ~Q(outcome="")),
                 name="chatnest_resolved_once",
             ),
-            models.CheckConstraint(
-                condition=Q(expires_at__gte=F("created_at")), name="chatnest_lease_has_length"
-            ),
+            models.CheckConstraint(condition=Q(expires_at__gte=F("created_at")), name="chatnest_lease_has_length"),
         ]
-        indexes: ClassVar = [
+        indexes = [
             models.Index(fields=["expires_at"], condition=Q(state="open"), name="chatnest_open_lease"),
             models.Index(fields=["payer"], condition=Q(state="open"), name="chatnest_open_payer"),
             models.Index(fields=["day", "payer"], name="chatnest_reservation_day"),
@@ -281,14 +269,12 @@ class Adjustment(models.Model):
     account = models.CharField(max_length=ACCOUNT_LENGTH)
     tokens = models.BigIntegerField()
     reason = models.CharField(max_length=200)
-    actor = models.CharField(
-        max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself.")
-    )
+    actor = models.CharField(max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself."))
     created_at = models.DateTimeField()
 
     class Meta:
-        ordering: ClassVar = ["-created_at"]
-        indexes: ClassVar = [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")]
+        ordering = ["-created_at"]
+        indexes = [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")]
 
     def __str__(self) -> str:
         return f"{self.tokens:+} for {self.account} on {self.day}"

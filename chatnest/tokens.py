@@ -17,6 +17,8 @@ try:
 except ImportError:  # no wheel for this platform; system check chatnest.W003 says so
     toktok = None
 
+EXACT: Final = toktok is not None
+
 # https://github.com/openai/openai-cookbook/blob/main/examples/How_to_count_tokens_with_tiktoken.ipynb
 TOKENS_PER_MESSAGE: Final = 3
 TOKENS_PER_REPLY: Final = 3
@@ -27,10 +29,7 @@ LONG_PROMPT: Final = 20_000
 
 _ENCODINGS: Final = (
     ("gpt-oss", "o200k_harmony"),
-    *(
-        (prefix, "o200k_base")
-        for prefix in ("gpt-4o", "chatgpt-4o", "gpt-4.1", "gpt-4.5", "gpt-5", "o1", "o3", "o4")
-    ),
+    *((prefix, "o200k_base") for prefix in ("gpt-4o", "chatgpt-4o", "gpt-4.1", "gpt-4.5", "gpt-5", "o1", "o3", "o4")),
     *((prefix, "cl100k_base") for prefix in ("gpt-4", "gpt-3.5")),
 )
 

@@ -63,9 +63,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def request_body(
-    messages: Sequence[Message], *, model: str, temperature: float | None, max_tokens: int
-) -> bytes:
+def request_body(messages: Sequence[Message], *, model: str, temperature: float | None, max_tokens: int) -> bytes:
     """The JSON of a streaming chat completion request."""
     body: dict[str, object] = {
         "model": model,
@@ -166,9 +164,11 @@ class Call:
         try:
             received = await self._response.content.readany()
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return self._cut("broke off: %r", error)
+            self._cut("broke off: %r", error)
+            return None
         if not received:
-            return self._cut("ended without a finish reason or [DONE]")
+            self._cut("ended without a finish reason or [DONE]")
+            return None
         pieces: list[str] = []
         try:
             self._take(received, pieces)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 
-from chatnest.asgi import get_asgi_application
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
+from django.core.asgi import get_asgi_application
+
+from chatnest.asgi import share_threads
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
 
 # Static files too, whatever DEBUG says: the demo has no web server before it to serve them.
 # A site that has one lets it answer at STATIC_URL, and loses nothing here.
-application = ASGIStaticFilesHandler(get_asgi_application())
+application = share_threads(ASGIStaticFilesHandler(get_asgi_application()))

@@ -45,9 +45,7 @@ def database() -> dict[str, Any]:
     url = text("DATABASE_URL", "sqlite:///db.sqlite3")
     if "://" not in url:
         # Without the value: it may hold a password.
-        raise ImproperlyConfigured(
-            "DATABASE_URL must be a URL such as postgres://user:password@host:5432/name."
-        )
+        raise ImproperlyConfigured("DATABASE_URL must be a URL such as postgres://user:password@host:5432/name.")
     config: dict[str, Any] = environ.Env.db_url_config(url)
     if config["ENGINE"] == "django.db.backends.sqlite3":
         return _sqlite(config)

@@ -89,9 +89,7 @@ readers: dict[str, Callable[[str], object]] = {
     "CHATNEST_ALLOW_ANONYMOUS": flag,
     "CHATNEST_SITE_DAILY_TOKEN_LIMIT": number,
 }
-CHATNEST: dict[str, Any] = {
-    name.removeprefix("CHATNEST_"): read(name) for name, read in readers.items() if text(name)
-}
+CHATNEST: dict[str, Any] = {name.removeprefix("CHATNEST_"): read(name) for name, read in readers.items() if text(name)}
 
 LOGGING = {
     "version": 1,

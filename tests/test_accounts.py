@@ -227,9 +227,7 @@ def test_a_made_up_address_is_no_fresh_budget(client: Client, configure: Configu
 
 
 @on_sqlite
-def test_a_site_may_charge_a_team_too(
-    client: Client, ada: User, configure: Configure, settled: Settled
-) -> None:
+def test_a_site_may_charge_a_team_too(client: Client, ada: User, configure: Configure, settled: Settled) -> None:
     def payer(request: Any, accounts: list[str]) -> list[str]:
         assert accounts == [f"user:{ada.pk}"]
         assert request.path == "/api/chat"
@@ -286,9 +284,7 @@ def test_a_rule_sees_nobody_where_anonymous_use_is_off_and_may_leave_it_at_that(
 
 
 @on_sqlite
-def test_a_rule_may_name_one_account_without_a_list(
-    client: Client, configure: Configure, settled: Settled
-) -> None:
+def test_a_rule_may_name_one_account_without_a_list(client: Client, configure: Configure, settled: Settled) -> None:
     """Else each of its letters would be an account, with a budget of its own."""
     configure(PAYER=lambda request, accounts: "team:blue")
     assert client.chat().events[-1] == "done"
@@ -296,9 +292,7 @@ def test_a_rule_may_name_one_account_without_a_list(
 
 
 @on_sqlite
-def test_an_account_that_is_named_twice_is_charged_once(
-    client: Client, configure: Configure, settled: Settled
-) -> None:
+def test_an_account_that_is_named_twice_is_charged_once(client: Client, configure: Configure, settled: Settled) -> None:
     configure(PAYER=lambda request, accounts: ["team:a", "team:b", "team:a"])
     client.chat()
     assert payers(settled()) == [["team:a", "team:b", "site"]]
@@ -339,9 +333,7 @@ def test_a_rule_that_names_no_accounts_fails_before_anything_is_spent(
 
 
 @on_sqlite
-def test_an_account_may_have_any_name_of_200_characters(
-    client: Client, configure: Configure, settled: Settled
-) -> None:
+def test_an_account_may_have_any_name_of_200_characters(client: Client, configure: Configure, settled: Settled) -> None:
     names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b"]
     configure(PAYER=lambda request, accounts: names)
     assert client.chat().events[-1] == "done"

@@ -645,9 +645,7 @@ def test_asking_again_after_midnight_finds_yesterdays_hold(database: str, clock:
     assert do(question) == hold
 
 
-def test_a_request_that_waited_over_midnight_is_paid_by_the_day_it_was_asked_in(
-    database: str, clock: Clock
-) -> None:
+def test_a_request_that_waited_over_midnight_is_paid_by_the_day_it_was_asked_in(database: str, clock: Clock) -> None:
     """So that whoever asks, and whoever takes it back, knows which day it was, whatever became of the answer."""
     clock.set("2026-11-22T23:59:59+00:00")
     question, full = ask(limit=110), ask(limit=110)

@@ -94,9 +94,7 @@ def test_a_row_with_the_largest_numbers_serves(
 
 
 @on_sqlite
-def test_a_row_of_zeros_refuses_everything(
-    client: Client, upstream: FakeUpstream, edit_profile: EditProfile
-) -> None:
+def test_a_row_of_zeros_refuses_everything(client: Client, upstream: FakeUpstream, edit_profile: EditProfile) -> None:
     names = set(FIELDS) - {"temperature"}
     edit_profile(**dict.fromkeys(names, 0))
     assert client.chat().status == 429
@@ -146,9 +144,7 @@ def test_the_model_and_the_prompt_are_the_rows(
 # Missing and switched off.
 
 
-def test_without_any_row_the_codes_defaults_serve(
-    client: Client, upstream: FakeUpstream, database: str
-) -> None:
+def test_without_any_row_the_codes_defaults_serve(client: Client, upstream: FakeUpstream, database: str) -> None:
     Profile.objects.using(database).all().delete()
     for name, limits in DEFAULT_PROFILES.items():
         assert client.chat({**HELLO, "profile": name}).status == 200
@@ -190,9 +186,7 @@ def test_switching_off_a_forced_profile_pauses_whom_it_is_forced_on(
 # In force.
 
 
-def test_a_saved_edit_is_in_force_at_once(
-    client: Client, upstream: FakeUpstream, edit_profile: EditProfile
-) -> None:
+def test_a_saved_edit_is_in_force_at_once(client: Client, upstream: FakeUpstream, edit_profile: EditProfile) -> None:
     for allowance in (100, 200, 300):
         edit_profile(max_output_tokens=allowance)
         client.chat()
@@ -200,9 +194,7 @@ def test_a_saved_edit_is_in_force_at_once(
 
 
 @on_sqlite
-def test_a_deleted_row_is_forgotten_at_once(
-    client: Client, upstream: FakeUpstream, edit_profile: EditProfile
-) -> None:
+def test_a_deleted_row_is_forgotten_at_once(client: Client, upstream: FakeUpstream, edit_profile: EditProfile) -> None:
     row = edit_profile(max_output_tokens=100)
     client.chat()
     row.delete()

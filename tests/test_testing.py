@@ -81,9 +81,7 @@ def test_an_answer_is_worded_as_openai_words_it(upstream: FakeUpstream) -> None:
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     role, hello, world, finish, usage = chunks(body)
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert hello["choices"] == [
-        {"index": 0, "delta": {"content": "Hello"}, "logprobs": None, "finish_reason": None}
-    ]
+    assert hello["choices"] == [{"index": 0, "delta": {"content": "Hello"}, "logprobs": None, "finish_reason": None}]
     assert hello["object"] == "chat.completion.chunk"
     assert hello["usage"] is None
     assert world["choices"][0]["delta"] == {"content": " world"}
@@ -288,9 +286,7 @@ def test_a_gate_holds_until_released(upstream: FakeUpstream) -> None:
     upstream.replies(Reply("Hello", " world", gate_after=1))
 
     with closing(start(upstream)) as client:
-        assert text(
-            read_until(client, b'"Hello"}, "logprobs": null, "finish_reason": null}], "usage": null}\n')
-        )
+        assert text(read_until(client, b'"Hello"}, "logprobs": null, "finish_reason": null}], "usage": null}\n'))
         assert upstream.pieces_sent == 1
         upstream.release()
         read_until(client, b"[DONE]")

@@ -88,9 +88,7 @@ def test_without_the_tokenizer_bytes_bound_every_model(contents: list[str]) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "toktok", None)
         assert bound_of(contents, "gpt-4o") == bound_of(contents, UNKNOWN)
-        assert answer_count(contents, "gpt-4o", 10) == max(
-            len(contents), min(10, len("".join(contents).encode()))
-        )
+        assert answer_count(contents, "gpt-4o", 10) == max(len(contents), min(10, len("".join(contents).encode())))
 
 
 @given(text=surrogates, encoding=st.sampled_from(list(MODELS)))
@@ -150,9 +148,7 @@ def test_an_answer_without_a_report_counts_as_its_text_and_at_least_one_a_piece(
 
 
 @given(pieces=st.lists(texts, max_size=20), allowance=st.integers(64, 4096))
-def test_an_answer_in_an_unknown_encoding_costs_no_more_than_it_was_allowed(
-    pieces: list[str], allowance: int
-) -> None:
+def test_an_answer_in_an_unknown_encoding_costs_no_more_than_it_was_allowed(pieces: list[str], allowance: int) -> None:
     size = len("".join(pieces).encode())
     assert answer_count(pieces, UNKNOWN, allowance) == max(len(pieces), min(size, allowance))
 

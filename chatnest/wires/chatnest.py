@@ -62,9 +62,7 @@ def _json(body: bytes) -> _Body:
         rule = f"{field.rstrip('`')} holds a number that is out of range."  # 1e400: no float can hold it
         raise InvalidRequest(rule if inside else "The request body must be a JSON object.") from None
     except (ValueError, RecursionError):
-        raise InvalidRequest(
-            "The request body must be valid JSON in UTF-8, without NaN or Infinity."
-        ) from None
+        raise InvalidRequest("The request body must be valid JSON in UTF-8, without NaN or Infinity.") from None
 
 
 def _message(where: str, item: object) -> Message:
@@ -114,9 +112,7 @@ def error(problem: ChatError) -> bytes:
 
 def refusal(problem: ChatError) -> HttpResponse:
     """The JSON answer to a request that gets no stream."""
-    response = HttpResponse(
-        _encode(_problem("error", problem)), content_type="application/json", status=problem.status
-    )
+    response = HttpResponse(_encode(_problem("error", problem)), content_type="application/json", status=problem.status)
     response["Cache-Control"] = "no-store"
     if problem.retry_after is not None:
         response["Retry-After"] = str(problem.retry_after)

@@ -89,11 +89,7 @@ class Command(base.OperatorCommand):
 
     def mention_streams(self, day: date, accounts: Set[str]) -> None:
         rows = Reservation.objects.using(settings.DATABASE_ALIAS).open().filter(day=day)
-        held = [
-            tokens
-            for names, tokens in rows.values_list("accounts", "tokens")
-            if not accounts.isdisjoint(names)
-        ]
+        held = [tokens for names, tokens in rows.values_list("accounts", "tokens") if not accounts.isdisjoint(names)]
         if held:
             self.say(
                 f"{count(len(held), 'open stream')} of theirs keep {count(sum(held), 'token')} reserved; "

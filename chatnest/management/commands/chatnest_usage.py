@@ -30,15 +30,9 @@ class Command(base.OperatorCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument(
-            "--day", type=base.day, metavar="YYYY-MM-DD", help="The last day shown (default: today)."
-        )
-        parser.add_argument(
-            "--days", type=base.positive, default=1, metavar="N", help="How many days (default: 1)."
-        )
-        parser.add_argument(
-            "--account", action="extend", nargs="+", metavar="NAME", help="Only these accounts."
-        )
+        parser.add_argument("--day", type=base.day, metavar="YYYY-MM-DD", help="The last day shown (default: today).")
+        parser.add_argument("--days", type=base.positive, default=1, metavar="N", help="How many days (default: 1).")
+        parser.add_argument("--account", action="extend", nargs="+", metavar="NAME", help="Only these accounts.")
         parser.add_argument(
             "--top",
             type=base.positive,

@@ -38,6 +38,4 @@ class Command(OperatorCommand):
                 f"{count(remaining, 'difference')}. To set the counters to the sums: chatnest_verify --repair"
             )
         proven = "Every counter is proven by its rows."
-        self.say(
-            self.style.SUCCESS(f"{count(len(found), 'difference')} repaired. {proven}" if found else proven)
-        )
+        self.say(self.style.SUCCESS(f"{count(len(found), 'difference')} repaired. {proven}" if found else proven))
