@@ -36,7 +36,7 @@ def _in_force(name: str) -> Any:
     def in_force(self: ProfileAdmin, profile: Profile) -> SafeString | str:
         typed = getattr(profile, name)
         if profile._state.adding:
-            return "–"
+            return "-"
         value = getattr(clamp(profile.limits, hard_caps()), name)
         shown = _("not sent") if value is None else f"{value:,}"
         if value == typed:

@@ -187,7 +187,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
         if reservations.filter(_unsettled()).exists():
             skipped.append(day)
             continue
-        settled = reservations.exclude(_unsettled())  # one may be committed yet, by who began before midnight
+        settled = reservations.exclude(_unsettled()).order_by("payer")  # one may be committed yet, by who began before midnight
         delete("reservations", settled, _fold(day, settled, "accounts", "tokens_charged"))
         delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens"))
     windows = _all(RateWindow, day__lt=before).filter(_passed())

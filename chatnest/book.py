@@ -305,5 +305,8 @@ def _columns(row: msgspec.Struct, names: Iterable[str]) -> dict[str, Any]:
 def _held(row: tuple[Any, ...]) -> Held:
     """Both databases keep JSON as text here; SQLite also UUIDs, and times without their zone, which is UTC."""
     id, day, payer, accounts, tokens, *middle, settled_at, is_overdue = row
-    settled_at = settled_at and settled_at.replace(tzinfo=UTC)
-    return Held(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle, settled_at, is_overdue)
+    return msgspec.structs.replace(
+        Held(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle),
+        settled_at=settled_at and settled_at.replace(tzinfo=UTC),
+        is_overdue=bool(is_overdue),
+    )

@@ -43,7 +43,7 @@ class EventDecoder:
             if block.startswith(b"data: ") and b"\n" not in block:
                 events.append(block[6:])
             else:
-                events += self._feed_whole_lines(block.split(b"\n") + [b""])
+                events += self._feed_whole_lines([*block.split(b"\n"), b""])
         return events
 
     def _feed_lines(self, text: bytes) -> list[bytes]:

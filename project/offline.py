@@ -31,8 +31,8 @@ The last thing you wrote was: “{echo}”
 To talk to a real model, stop the demo with Ctrl-C, set these two variables, in the environment or in a file \
 named .env beside manage.py, and start it again:
 
-OPENAI_API_KEY – the key your provider gave you
-OPENAI_BASE_URL – the provider's address, such as https://api.openai.com/v1
+OPENAI_API_KEY: the key your provider gave you
+OPENAI_BASE_URL: the provider's address, such as https://api.openai.com/v1
 
 The rest is real: this text came to chatnest over HTTP, and its tokens (words, for me) were taken from \
 today's budget, which you can follow on this page and in the admin."""
