@@ -31,6 +31,13 @@ logger = logging.getLogger("chatnest.upstream")
 CONNECT_SECONDS: Final = 10
 LOGGED_BYTES: Final = 1000
 MAX_EVENT_BYTES: Final = 2 * 1024 * 1024
+MAX_TOKENS: Final = 1_000_000_000  # no answer has more, and no sum of a day's answers overflows its column
+_NEVER_SENT: Final = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+    aiohttp.NonHttpUrlClientError,
+)
 _TRANSIENT: Final = frozenset({408, 409, 429})
 
 
@@ -128,7 +135,7 @@ class Call:
             await asyncio.sleep(wait)
 
     async def _attempt(self) -> None:
-        self.billed = True
+        before, self.billed = self.billed, True  # an earlier attempt that was cut off may have been billed
         try:
             session = await _session()
             response = await session.post(
@@ -137,15 +144,15 @@ class Call:
                 headers=_headers(),
                 allow_redirects=False,
             )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            self.billed = False
+        except _NEVER_SENT as error:
+            self.billed = before
             raise _logged(UpstreamUnavailable(), "cannot be reached: %s", error) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _logged(UpstreamUnavailable(), "broke the connection off: %r", error) from None
         if response.status == 200:
             self._response = response
             return
-        self.billed = False
+        self.billed = before
         try:
             raise await _refusal(response)
         finally:
@@ -220,13 +227,17 @@ class Call:
 
 def _decode_leniently(data: bytes) -> _Chunk:
     """For what msgspec refuses: half of a surrogate pair, nulls and types that are not OpenAI's. Raises ValueError."""
-    loose = json.loads(data)
+    try:
+        loose = json.loads(data)
+    except RecursionError:
+        raise ValueError("an event nested too deeply") from None
     if not isinstance(loose, dict):
         raise ValueError("an event that is not an object")
     chunk = _Chunk(error=loose.get("error"))
     with suppress(msgspec.ValidationError):
         chunk.usage = msgspec.convert(loose.get("usage"), Usage | None, strict=False)
-    for choice in loose.get("choices") or ():
+    choices = loose.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
         delta = choice.get("delta") if isinstance(choice, dict) else None
         content = delta.get("content") if isinstance(delta, dict) else None
         reason = choice.get("finish_reason") if isinstance(choice, dict) else None
@@ -243,7 +254,8 @@ def _sane(usage: Usage) -> Usage | None:
     """None for a usage that cannot be true: a provider that reports nothing must not make the model free."""
     prompt, completion = usage.prompt_tokens, usage.completion_tokens
     total = usage.total_tokens or prompt + completion
-    return Usage(prompt, completion, total) if min(prompt, completion) >= 0 and total > 0 else None
+    true = min(prompt, completion) >= 0 and total > 0 and max(prompt, completion, total) <= MAX_TOKENS
+    return Usage(prompt, completion, total) if true else None
 
 
 def _headers() -> dict[str, str]:
@@ -277,7 +289,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     value = headers.get("Retry-After", "")
     with suppress(ValueError, TypeError):
         if value.replace(".", "", 1).isdigit():
-            return float(value)
+            return float(value) if len(value) < 10 else None
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 import pytest
-from django.db import connections
+from django.db import connections, transaction
 from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatnest import ledger
+from chatnest.audit import verify
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from chatnest.ledger import Hold, Reset, Stop
 from chatnest.models import Account, Adjustment, DailyUsage, RateWindow, Reservation
@@ -32,7 +36,7 @@ from .bookkeeping import (
     row_of,
     used,
 )
-from .conftest import Configure, on_sqlite
+from .conftest import Configure, eventually, on_postgres, on_sqlite
 
 NOON = "2026-11-22T12:00:00+00:00"
 
@@ -771,44 +775,127 @@ def test_a_hold_charged_after_the_reset_is_refunded(database: str, clock: Clock)
     assert counters() == (130, 0, 2)
 
 
+def test_a_counter_that_somebody_broke_stops_nobody_else(
+    database: str, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lease that cannot be charged is told to the operator, and waits for ``chatnest_verify --repair``."""
+    hold = do(ask())
+    DailyUsage.objects.using(database).update(tokens_reserved=0)
+    clock.move(31)
+    assert do(ask("user:2")).output_tokens == 100
+    assert "overdue leases cannot be charged" in caplog.text
+    assert row_of(hold).state == "open"
+    assert verify(repair=True) != []
+    ledger.apply([])
+    assert row_of(hold).state == "expired"
+
+
 # Two processes at once.
 
 
 @pytest.fixture
-def process() -> Iterator[Callable[[Callable[[], object]], Callable[[], Any]]]:
-    """Runs work in a thread with a connection of its own, as another process would; returns how to join it."""
-    threads = []
+def elsewhere(database: str) -> Iterator[Callable[[Callable[[], object]], Future[Any]]]:
+    """Runs work in a thread with a connection of its own, as another process would."""
 
-    def process(work: Callable[[], object]) -> Callable[[], Any]:
-        result: list[object] = []
+    def run(work: Callable[[], object]) -> object:
+        try:
+            return work()
+        finally:
+            connections.close_all()
 
-        def run() -> None:
-            try:
-                result.append(work())
-            except Exception as error:
-                result.append(error)
-            finally:
-                connections.close_all()
-
-        thread = threading.Thread(target=run)
-        threads.append(thread)
-        thread.start()
-
-        def join() -> Any:
-            thread.join(20)
-            assert result, "it never ended"
-            if isinstance(result[0], Exception):
-                raise result[0]
-            return result[0]
-
-        return join
-
-    yield process
-    for thread in threads:
-        thread.join(20)
+    with ThreadPoolExecutor(8) as threads:
+        yield lambda work: threads.submit(run, work)
 
 
-def waiting_for_locks(alias: str) -> int:
+@contextmanager
+def impatient(alias: str) -> Iterator[None]:
+    """This connection waits for no lock: what would have waited raises."""
     with connections[alias].cursor() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-        return cursor.fetchone()[0]
+        cursor.execute("SET lock_timeout = 100")
+        try:
+            yield
+        finally:
+            cursor.execute("RESET lock_timeout")
+
+
+def wait_for_a_lock(alias: str) -> None:
+    """Until somebody waits for one."""
+
+    def waiting() -> bool:
+        with connections[alias].cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            return bool(cursor.fetchone()[0])
+
+    eventually(waiting)
+
+
+@on_postgres
+@pytest.mark.parametrize("new", [False, True], ids=["in use", "new"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("a", 0), ("b", 0)), (("z", 0), ("a", 1))],
+    ids=["by name", "by day"],
+)
+def test_who_waits_for_a_budget_keeps_nobody_from_the_next_one(
+    database: str, elsewhere: Any, first: tuple[str, int], second: tuple[str, int], new: bool
+) -> None:
+    """Locks are taken in one order, so nobody waits in a circle: behind the first there is no hold on the second."""
+    today = ledger.today()
+    (name, of), (next_name, next_of) = first, second
+    one = Reset(day=today + timedelta(days=of), account=name, reason="")
+    other = Reset(day=today + timedelta(days=next_of), account=next_name, reason="")
+    if not new:
+        ledger.apply([one, other])
+    with transaction.atomic(using=database):
+        ledger.apply([one])
+        waiting = elsewhere(lambda: ledger.apply([other, one]))
+        wait_for_a_lock(database)
+        with impatient(database):
+            assert ledger.apply([other]) == [0]
+    assert waiting.result(10) == [0, 0]
+
+
+@on_postgres
+def test_a_renewal_waits_in_the_same_order_as_everyone_else(database: str, elsewhere: Any) -> None:
+    """After an outage one process renews what another is about to charge."""
+    low, high = UUID(int=1), UUID(int=2)
+    ledger.apply([ask(id=high), ask(id=low)])
+    ids = Reservation.objects.using(database).select_for_update()
+    with transaction.atomic(using=database):
+        ids.get(id=low)
+        waiting = elsewhere(lambda: ledger.renew([high, low]))
+        wait_for_a_lock(database)
+        with impatient(database):
+            ids.get(id=high)
+    assert waiting.result(10) == (set(), set())
+
+
+def test_two_who_see_one_overdue_lease_charge_it_once(database: str, clock: Clock, elsewhere: Any) -> None:
+    ledger.apply([ask(f"user:{n}") for n in range(5)])
+    clock.move(31)
+    together = threading.Barrier(4)
+
+    def look() -> object:
+        together.wait(10)
+        return ledger.apply([])
+
+    assert [looking.result(30) for looking in [elsewhere(look) for _ in range(4)]] == [[]] * 4
+    assert counters("site") == (550, 0, 5)
+
+
+def test_many_at_once_never_spend_a_token_too_much(database: str, elsewhere: Any) -> None:
+    """Eight processes, one budget of which half can be served, on a day that nobody has opened yet."""
+    together = threading.Barrier(8)
+
+    def spend(n: int) -> list[Hold | ChatError | int]:
+        together.wait(10)
+        questions = [ask(f"user:{n}", site=8 * 5 * 110 // 2 + 7) for _ in range(5)]
+        return [ledger.apply([question])[0] for question in questions]
+
+    asking = [elsewhere(partial(spend, n)) for n in range(8)]
+    answers = [answer for thread in asking for answer in thread.result(60)]
+    holds = [answer for answer in answers if isinstance(answer, Hold)]
+    assert len(holds) == 20
+    assert len(answers) == 40
+    assert all(isinstance(answer, Hold | DailyBudgetExceeded) for answer in answers)
+    assert counters("site") == (0, 20 * 110, 20)
