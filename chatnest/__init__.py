@@ -11,8 +11,10 @@ The path of a request, in the order of the files to read:
     batcher    the async door to the database: many requests, one transaction
     ledger     reserve: all budgets or none; later settle, once
     book       the rows of that transaction: locked in order, written once
+    bulk       many rows in few statements, few statements in one round trip
     upstream   the provider: one call, retried only before its first byte
     stream     its pieces to frames, heartbeats and deadlines, and one settlement however it ends
 
-Beside the path: models, conf, errors, sse, admin, checks, signals, testing, management/.
+Beside the path: models, conf, errors, sse, threads, asgi, middleware, admin, checks, signals, audit, testing and
+management/.
 """

@@ -1,93 +1,32 @@
-"""Django's ASGI application with its request threads kept for the next request. Optional: use it in ``asgi.py``.
+"""For a site's ``asgi.py``, optional: requests cost less, and the first one waits for nothing.
 
-    application = share_threads(get_asgi_application())
-
-asgiref makes a thread for each request that runs sync code, and another to wait for its end; and Django runs
-some for every request, if only to look after database connections that an async view never opened. Here a
-request borrows a thread when it needs one, and the connections are looked after when it hands the thread back.
+application = for_streaming(get_asgi_application())
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any
 
-from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from asgiref.sync import ThreadSensitiveContext
 from django.core import signals
-from django.db import close_old_connections, connections, reset_queries
+from django.db import close_old_connections, reset_queries
 
-T = TypeVar("T")
+from .threads import BorrowedThread
+from .tokens import warm_up
+
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
-IDLE_THREADS: Final = 64
 
+def for_streaming(application: ASGI) -> ASGI:
+    """Django's ``application`` (or one around it), with its threads shared by the process's requests.
 
-class BorrowedThread(Executor):
-    """One request's thread, as asgiref wants it: one call at a time, always in the same thread.
-
-    ``shutdown`` hands the thread back, to be used once its calls are done; a later call borrows again.
+    Django's own receivers that look after connections are disconnected, since a borrowed thread's are looked
+    after when it goes back: for them, every request would go to a thread twice more.
     """
+    from . import views  # noqa: F401 - not before Django is set up, and not as late as the first request
 
-    _idle: Final[list[ThreadPoolExecutor]] = []
-
-    def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
-
-    @property
-    def borrowed(self) -> bool:
-        return self._thread is not None
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        if self._thread is None:
-            self._thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "chatnest-request")
-        return self._thread.submit(fn, *args, **kwargs)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        thread.submit(_look_after_connections)
-        if len(self._idle) < IDLE_THREADS:
-            self._idle.append(thread)
-        else:
-            thread.shutdown(wait=False)
-
-
-def let_request_thread_go() -> None:
-    """End the request's thread, and its database connections, before minutes of streaming.
-
-    asgiref keeps it until the response is done (https://code.djangoproject.com/ticket/32889).
-    """
-    context = SyncToAsync.thread_sensitive_context.get(None)
-    executor = SyncToAsync.context_to_thread_executor.get(context) if context else None
-    if isinstance(executor, BorrowedThread):
-        if executor.borrowed:
-            executor.submit(_close_connections)
-            executor.shutdown()
-    elif executor:
-        SyncToAsync.context_to_thread_executor.pop(context)  # type: ignore[arg-type]  # asgiref makes another when it needs one
-        executor.submit(_close_connections)
-        executor.shutdown(wait=False)
-
-
-def _close_connections() -> None:
-    for connection in connections.all(initialized_only=True):
-        if not connection.in_atomic_block:
-            connection.close()
-
-
-def _look_after_connections() -> None:
-    reset_queries()
-    close_old_connections()
-
-
-def share_threads(application: ASGI) -> ASGI:
-    """Django's ``application`` (or one around it) with its threads shared by the process's requests.
-
-    Django's own receivers that look after connections are disconnected: for them, every request would go to a
-    thread twice more.
-    """
+    warm_up()
     signals.request_started.disconnect(reset_queries)
     signals.request_started.disconnect(close_old_connections)
     signals.request_finished.disconnect(close_old_connections)

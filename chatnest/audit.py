@@ -180,14 +180,15 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
             if progress:
                 progress(", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in deleted.items()))
 
-    skipped: list[date] = []
+    skipped = []
     unpruned = _all(Adjustment, day__lt=before).exclude(reason=PRUNED)
     for day in _days(_all(Reservation, day__lt=before), unpruned):
         reservations, adjustments = _all(Reservation, day=day), unpruned.filter(day=day)
         if reservations.filter(_unsettled()).exists():
             skipped.append(day)
             continue
-        settled = reservations.exclude(_unsettled()).order_by("payer")  # one may be committed yet, by who began before midnight
+        # Not all of them: who began before midnight may commit one yet.
+        settled = reservations.exclude(_unsettled()).order_by("payer")
         delete("reservations", settled, _fold(day, settled, "accounts", "tokens_charged"))
         delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens"))
     windows = _all(RateWindow, day__lt=before).filter(_passed())

@@ -34,6 +34,8 @@ class Limits:
 
 FIELDS: Final = tuple(f.name for f in fields(Limits))
 
+DEFAULT_MODEL: Final = "gpt-4o-mini"
+
 DEFAULT_HARD_CAPS: Final = Limits(
     max_output_tokens=4096,
     max_messages=20,

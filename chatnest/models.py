@@ -16,10 +16,9 @@ from django.db import models
 from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
 
-from .limits import FIELDS, Limits
+from .limits import DEFAULT_MODEL, FIELDS, Limits
 
 ACCOUNT_LENGTH: Final = 200
-DEFAULT_MODEL: Final = "gpt-4o-mini"
 
 
 class Profile(models.Model):

@@ -12,8 +12,8 @@ from typing import Final
 from .accounts import SITE
 from .conf import settings
 from .errors import Paused
-from .limits import DEFAULT_PROFILES, FIELDS, Limits, Tightening, clamp, hard_caps, tighten
-from .models import DEFAULT_MODEL, Account, Profile
+from .limits import DEFAULT_MODEL, DEFAULT_PROFILES, FIELDS, Limits, Tightening, clamp, hard_caps, tighten
+from .models import Account, Profile
 
 FRESH_SECONDS: Final = 2.0
 

@@ -16,12 +16,12 @@ from collections.abc import AsyncGenerator, Awaitable
 from enum import Enum
 from typing import Final, Literal, Self
 
-from .asgi import let_request_thread_go
 from .batcher import batcher
 from .conf import settings
 from .errors import ChatError, InternalError, Overloaded, Paused, UpstreamTimeout
 from .ledger import Hold, Settle
 from .models import Reservation
+from .threads import let_request_thread_go
 from .tokens import answer_count
 from .upstream import Call
 from .wires import Usage, chatnest

@@ -7,10 +7,10 @@ import os
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
 from django.core.asgi import get_asgi_application
 
-from chatnest.asgi import share_threads
+from chatnest.asgi import for_streaming
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
 
 # Static files too, whatever DEBUG says: the demo has no web server before it to serve them.
 # A site that has one lets it answer at STATIC_URL, and loses nothing here.
-application = share_threads(ASGIStaticFilesHandler(get_asgi_application()))
+application = for_streaming(ASGIStaticFilesHandler(get_asgi_application()))

@@ -823,7 +823,7 @@ def wait_for_a_lock(alias: str) -> None:
 
     def waiting() -> bool:
         with connections[alias].cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
             return bool(cursor.fetchone()[0])
 
     eventually(waiting)

@@ -1,0 +1,77 @@
+"""The threads of requests: let go before a stream, borrowed from the process's own under ``chatnest.asgi``.
+
+asgiref makes a thread for each request that runs sync code, and another to wait for its end; and Django runs
+some for every request, if only to look after database connections that an async view never opened. A borrowed
+thread goes back when it is not needed, and its connections are looked after then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from asgiref.sync import SyncToAsync
+from django.db import close_old_connections, connections, reset_queries
+
+T = TypeVar("T")
+
+IDLE_THREADS: Final = 64
+
+
+class BorrowedThread(Executor):
+    """One request's thread, as asgiref wants it: one call at a time, always in the same thread.
+
+    ``shutdown`` hands the thread back, to be used once its calls are done; a later call borrows again.
+    """
+
+    _idle: Final[list[ThreadPoolExecutor]] = []
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def borrowed(self) -> bool:
+        return self._thread is not None
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        if self._thread is None:
+            self._thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "chatnest-request")
+        return self._thread.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        thread.submit(_look_after_connections)
+        if len(self._idle) < IDLE_THREADS:
+            self._idle.append(thread)
+        else:
+            thread.shutdown(wait=False)
+
+
+def let_request_thread_go() -> None:
+    """End the request's thread, and its database connections, before minutes of streaming.
+
+    asgiref keeps it until the response is done (https://code.djangoproject.com/ticket/32889).
+    """
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executor = SyncToAsync.context_to_thread_executor.get(context) if context else None
+    if executor is None or (isinstance(executor, BorrowedThread) and not executor.borrowed):
+        return
+    executor.submit(_close_connections)
+    executor.shutdown(wait=False)
+    if context and isinstance(executor, ThreadPoolExecutor):
+        # asgiref makes another when it needs one; a borrowed one only borrows again.
+        del SyncToAsync.context_to_thread_executor[context]
+
+
+def _close_connections() -> None:
+    for connection in connections.all(initialized_only=True):
+        if not connection.in_atomic_block:
+            connection.close()
+
+
+def _look_after_connections() -> None:
+    reset_queries()
+    close_old_connections()

@@ -1,0 +1,36 @@
+"""The demo site with a window: ``GET /debug`` tells what the process holds, past Django, so looking costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+from typing import Any
+
+from project.asgi import application as site
+
+LOADED_AT_START = frozenset(sys.modules)
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "http" and scope["path"] == "/debug":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(inside()).encode()})
+    else:
+        await site(scope, receive, send)
+
+
+def inside() -> dict[str, Any]:
+    loaded = sorted(set(sys.modules) - LOADED_AT_START)
+    from chatnest.batcher import batcher
+    from chatnest.stream import Place
+
+    gc.collect()
+    return {
+        "loaded": loaded,
+        "objects": len(gc.get_objects()),
+        "tasks": len(asyncio.all_tasks()) - 1,  # this one
+        "streams": Place._taken,
+        "leases": len(batcher._live),
+    }

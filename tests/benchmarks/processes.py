@@ -1,0 +1,141 @@
+"""Servers in processes of their own, to be crowded, measured and ended: what they cost is theirs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A process that serves ``port``. Memory is in KiB, CPU in seconds."""
+
+    port: int
+    process: psutil.Popen
+    log: Path
+
+    @property
+    def memory(self) -> float:
+        return self.process.memory_info().rss / 1024
+
+    @property
+    def threads(self) -> int:
+        return self.process.num_threads()
+
+    @property
+    def files(self) -> int:
+        return self.process.num_fds()
+
+    @property
+    def cpu(self) -> float:
+        times = self.process.cpu_times()
+        return times.user + times.system
+
+    def inside(self) -> dict[str, Any]:
+        """What it says itself that it holds: see ``tests.benchmarks.asgi``."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", "/debug", headers={"Connection": "close"})
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+
+@contextmanager
+def serving(
+    *command: str, port: int, env: Mapping[str, str] | None = None, cwd: Path = ROOT, cpu: int | None = None
+) -> Iterator[Serving]:
+    """Run ``command``, which serves ``port``, for as long as the context lasts; on one core, if named."""
+    with tempfile.TemporaryDirectory(prefix="chatnest-served-") as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as file:
+            process = psutil.Popen(
+                command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=file, stderr=subprocess.STDOUT
+            )
+        try:
+            if cpu is not None:
+                process.cpu_affinity([cpu])
+            _wait_for(port, process, log)
+            yield Serving(port, process, log)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:  # streams are open
+                process.kill()
+                process.wait()
+
+
+def _wait_for(port: int, process: psutil.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", port)):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{process.args} does not serve:\n{log.read_text()}")
+            time.sleep(0.02)
+
+
+def chatnest(
+    database_url: str,
+    upstream_url: str,
+    *,
+    application: str = "tests.benchmarks.asgi:application",
+    cpu: int | None = None,
+    **changes: Any,
+) -> Any:
+    """The demo site under uvicorn; ``changes`` are to ``CHATNEST``."""
+    port = free_port()
+    command = (
+        f"{sys.executable} -m uvicorn {application} --port {port} --lifespan off --log-level warning"
+        " --no-proxy-headers --backlog 8192"
+    )
+    env = {
+        "DJANGO_SETTINGS_MODULE": "tests.benchmarks.settings",
+        "SECRET_KEY": "benchmarks",
+        "DEBUG": "",
+        "DATABASE_URL": database_url,
+        "OPENAI_API_KEY": "sk-benchmarks",
+        "OPENAI_BASE_URL": upstream_url,
+        "CHATNEST_CHANGES": json.dumps(changes),
+    }
+    return serving(*command.split(), port=port, env=env, cpu=cpu)
+
+
+@contextmanager
+def upstream(tokens: int, interval: float, cpu: int | None = None) -> Iterator[str]:
+    """The base URL of a ``tests.benchmarks.upstream``."""
+    port = free_port()
+    command = (sys.executable, "-m", "tests.benchmarks.upstream", str(port), str(tokens), str(interval))
+    with serving(*command, port=port, cpu=cpu):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+def url_of(database: Mapping[str, Any]) -> str:
+    """An entry of ``DATABASES`` as the DATABASE_URL that another process opens it by."""
+    if database["ENGINE"].endswith("sqlite3"):
+        return f"sqlite:///{database['NAME']}"
+    user, name, host = (quote(str(database[part]), safe="") for part in ("USER", "NAME", "HOST"))
+    password = quote(str(database["PASSWORD"]), safe="")
+    return f"postgresql://{user}:{password}@/{name}?host={host}&port={database['PORT'] or 5432}"
