@@ -17,6 +17,7 @@ from django.db import close_old_connections, connections, reset_queries
 T = TypeVar("T")
 
 IDLE_THREADS: Final = 64
+ENDS: Final = ThreadPoolExecutor(1, "chatnest-ends")
 
 
 class BorrowedThread(Executor):
@@ -30,10 +31,6 @@ class BorrowedThread(Executor):
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
 
-    @property
-    def borrowed(self) -> bool:
-        return self._thread is not None
-
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         if self._thread is None:
             self._thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "chatnest-request")
@@ -44,26 +41,34 @@ class BorrowedThread(Executor):
         if thread is None:
             return
         thread.submit(_look_after_connections)
+        if thread is ENDS:
+            return
         if len(self._idle) < IDLE_THREADS:
             self._idle.append(thread)
         else:
             thread.shutdown(wait=False)
 
+    def leave_the_end(self) -> None:
+        """Hand the thread back now: only the response's end is to come, and one thread serves those of all."""
+        if self._thread:
+            self._thread.submit(_close_connections)
+            self.shutdown()
+        self._thread = ENDS
+
 
 def let_request_thread_go() -> None:
-    """End the request's thread, and its database connections, before minutes of streaming.
+    """Be without the request's thread and its database connections through minutes of streaming.
 
     asgiref keeps it until the response is done (https://code.djangoproject.com/ticket/32889).
     """
     context = SyncToAsync.thread_sensitive_context.get(None)
     executor = SyncToAsync.context_to_thread_executor.get(context) if context else None
-    if executor is None or (isinstance(executor, BorrowedThread) and not executor.borrowed):
-        return
-    executor.submit(_close_connections)
-    executor.shutdown(wait=False)
-    if context and isinstance(executor, ThreadPoolExecutor):
-        # asgiref makes another when it needs one; a borrowed one only borrows again.
-        del SyncToAsync.context_to_thread_executor[context]
+    if isinstance(executor, BorrowedThread):
+        executor.leave_the_end()
+    elif context and executor:
+        del SyncToAsync.context_to_thread_executor[context]  # asgiref makes another when it needs one
+        executor.submit(_close_connections)
+        executor.shutdown(wait=False)
 
 
 def _close_connections() -> None:

@@ -53,11 +53,11 @@ class Serving:
         times = self.process.cpu_times()
         return times.user + times.system
 
-    def inside(self) -> dict[str, Any]:
+    def inside(self, query: str = "") -> dict[str, Any]:
         """What it says itself that it holds: see ``tests.benchmarks.asgi``."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request("GET", "/debug", headers={"Connection": "close"})
+            connection.request("GET", f"/debug?{query}", headers={"Connection": "close"})
             return json.loads(connection.getresponse().read())
         finally:
             connection.close()
@@ -83,7 +83,7 @@ def serving(
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(5)
-            except subprocess.TimeoutExpired:  # streams are open
+            except psutil.TimeoutExpired:  # streams are open
                 process.kill()
                 process.wait()
 

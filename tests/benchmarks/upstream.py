@@ -51,9 +51,8 @@ def end(tokens: int) -> bytes:
     return last + b"0\r\n\r\n"
 
 
-# The stamp has 16 digits and always will on a machine that has been up for less than four months.
-STAMP = 10**16 - 1
-TOKEN = event(choice({"content": f" ~{STAMP}~"})).replace(b"%d" % STAMP, b"%016d")
+# All tokens are of one length, so that only the stamp has to be written into each.
+TOKEN = event(choice({"content": f" ~{10**18}~"})).replace(b"%d" % 10**18, b"%019d")
 
 
 class Answering(asyncio.Protocol):

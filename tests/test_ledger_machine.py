@@ -1,0 +1,482 @@
+"""The real ledger, driven at random, beside a model of it that keeps everything in a list and adds it up anew.
+
+Thousands of steps on each database: reserve, settle, cancel, expire, renew, stop, reset, pause, edit limits, and
+a clock that crosses midnight and the nights on which it is changed. Every answer must be the model's, and after
+every step the rows must add up. ``LEDGER_EXAMPLES=2000 pytest tests/test_ledger_machine.py`` looks for longer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from typing import Any, Final
+from unittest import mock
+from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo
+
+import pytest
+from django.db.models import Sum
+from django.utils import timezone
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from chatnest import conf, ledger
+from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, Paused, RateLimited, TooManyStreams
+from chatnest.ledger import Hold, Reserve, Reset, Settle, Stop
+from chatnest.limits import Limits
+from chatnest.models import Account, Adjustment, DailyUsage, Profile, RateWindow, Reservation
+from chatnest.policy import Policy, Terms
+
+from .bookkeeping import Clock, Outcome, UsageSource
+from .conftest import Configure
+
+EXAMPLES: Final = int(os.environ.get("LEDGER_EXAMPLES", "60"))
+STEPS: Final = 50
+
+BERLIN: Final = ZoneInfo("Europe/Berlin")
+LEASE: Final = 30
+SITE_LIMIT: Final = 1500
+PAYERS: Final = (("user:1", "site"), ("user:2", "site"), ("user:2", "team:1", "site"))
+FIELDS: Final = {  # the model's names for the rows'
+    "state": "state",
+    "outcome": "outcome",
+    "source": "usage_source",
+    "charged": "tokens_charged",
+    "prompt": "prompt_tokens",
+    "completion": "completion_tokens",
+}
+Key = tuple[date, str]
+
+
+# The model.
+
+
+@dataclass
+class Held:
+    day: date
+    accounts: Sequence[str]
+    tokens: int
+    expires: datetime
+    state: str = "open"
+    outcome: str = ""
+    source: str = "none"
+    charged: int = 0
+    corrected: dict[str, int] = field(default_factory=dict)  # by late settlements, for each account
+    prompt: int = 0
+    completion: int = 0
+    resolved: datetime | None = None
+
+    @property
+    def payer(self) -> str:
+        return self.accounts[0]
+
+
+@dataclass
+class Model:
+    """What the ledger should be: no counters, only what happened."""
+
+    holds: dict[UUID, Held] = field(default_factory=dict)
+    forgiven: list[tuple[Key, int, datetime]] = field(default_factory=list)
+    admitted: list[tuple[str, int, datetime]] = field(default_factory=list)  # who, by which window, when
+    # Up to where each budget may be filled: the limit of the last admission, and what providers overran since.
+    filled_to: dict[Key, int] = field(default_factory=dict)
+
+    def of(self, key: Key) -> list[Held]:
+        return [held for held in self.holds.values() if held.day == key[0] and key[1] in held.accounts]
+
+    def used(self, key: Key) -> int:
+        charges = sum(held.charged + held.corrected.get(key[1], 0) for held in self.of(key))
+        return charges - sum(tokens for reset, tokens, _ in self.forgiven if reset == key)
+
+    def reserved(self, key: Key) -> int:
+        return sum(held.tokens for held in self.of(key) if held.state == "open")
+
+    def remaining(self, day: date, budgets: dict[str, int]) -> int:
+        left = [limit - self.used((day, name)) - self.reserved((day, name)) for name, limit in budgets.items()]
+        return max(0, min(left))
+
+    def reserve(self, ask: Reserve, now: datetime) -> Any:
+        if ask.id not in self.holds:
+            if refusal := self.refusal(ask, now):
+                return refusal
+            room = min(
+                limit - self.used((ask.day, name)) - self.reserved((ask.day, name))
+                for name, limit in ask.budgets.items()
+            )
+            output = min(room - ask.prompt_tokens, ask.max_output_tokens)
+            expires = now + timedelta(seconds=LEASE)
+            self.holds[ask.id] = Held(ask.day, tuple(ask.budgets), ask.prompt_tokens + output, expires)
+            self.admitted.append((ask.payer, ask.rate_window_seconds, now))
+            self.filled_to |= {(ask.day, name): limit for name, limit in ask.budgets.items()}
+        held = self.holds[ask.id]
+        if held.state != "open" or held.expires <= now:
+            return InternalError, None
+        remaining = self.remaining(held.day, dict(ask.budgets))
+        return Hold, (held.day, ask.prompt_tokens, held.tokens - ask.prompt_tokens, remaining)
+
+    def refusal(self, ask: Reserve, now: datetime) -> Any:
+        if wait := self.rate_wait(ask, now):
+            return RateLimited, wait
+        live = [
+            held
+            for held in self.holds.values()
+            if held.payer == ask.payer and held.state == "open" and held.expires > now
+        ]
+        if len(live) >= ask.max_concurrent_streams:
+            return TooManyStreams, 5
+        wanted = ask.prompt_tokens + min(ask.max_output_tokens, ask.min_output_tokens)
+        for name, limit in ask.budgets.items():
+            if self.used((ask.day, name)) + self.reserved((ask.day, name)) + wanted > limit:
+                return DailyBudgetExceeded, seconds_of(ask.day, now)
+        return None
+
+    def rate_wait(self, ask: Reserve, now: datetime) -> int:
+        """Whole seconds until it fits, found by trying each."""
+        window = timedelta(seconds=ask.rate_window_seconds)
+        epoch = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+        starts = [
+            (at - epoch) // window
+            for payer, seconds, at in self.admitted
+            if (payer, seconds) == (ask.payer, ask.rate_window_seconds)
+        ]
+        for wait in range(2 * ask.rate_window_seconds + 1):
+            at = now + timedelta(seconds=wait)
+            start, into = divmod(at - epoch, window)
+            this, last = starts.count(start), starts.count(start - 1)
+            if this * window + last * (window - into) <= (ask.rate_max_requests - 1) * window:
+                return wait
+        # Nothing ever fits where the limit is none: told to look again when all that counts has passed.
+        return -(((now - epoch) % window - 2 * window) // timedelta(seconds=1))
+
+    def settle(self, ask: Settle, now: datetime) -> Any:
+        held = self.holds.get(ask.hold.id)
+        if held and (held.state == "open" or held.source == "held"):
+            late = held.state != "open"
+            if late:
+                for account in held.accounts:
+                    correction = ask.total_tokens - held.charged
+                    if correction > 0 or not self.was_forgiven((held.day, account), held):
+                        held.corrected[account] = correction
+            else:
+                self.resolve(held, "settled", ask.outcome.value, ask.total_tokens, now)
+            held.source = ask.source.value
+            held.prompt, held.completion = ask.prompt_tokens, ask.completion_tokens
+            for account in held.accounts:
+                self.filled_to[held.day, account] += max(0, ask.total_tokens - held.tokens)
+        return int, self.remaining(ask.hold.day, dict(ask.hold.budgets))
+
+    def was_forgiven(self, key: Key, held: Held) -> bool:
+        return any(reset == key and at >= (held.resolved or at) for reset, _, at in self.forgiven)
+
+    def resolve(self, held: Held, state: str, outcome: str, charge: int, now: datetime) -> None:
+        held.state, held.outcome, held.charged, held.resolved = state, outcome, charge, now
+
+    def stop(self, ask: Stop, now: datetime) -> Any:
+        held = self.holds.get(ask.id)
+        if not held or held.state != "open":
+            return bool, False
+        self.resolve(held, "settled", "stopped", held.tokens, now)
+        held.source = "held"
+        return bool, True
+
+    def reset(self, ask: Reset, now: datetime) -> Any:
+        key = ask.day, ask.account
+        if tokens := self.used(key):
+            self.forgiven.append((key, tokens, now))
+        return int, tokens
+
+    def expire(self, now: datetime) -> None:
+        for held in self.holds.values():
+            if held.state == "open" and held.expires <= now:
+                self.resolve(held, "expired", "expired", held.tokens, now)
+                held.source = "held"
+
+    def renew(self, ids: Sequence[UUID], now: datetime) -> set[UUID]:
+        stop = set()
+        for held_id in ids:
+            held = self.holds.get(held_id)
+            if held and held.state == "open":
+                held.expires = now + timedelta(seconds=LEASE)
+            elif not held or held.state == "settled":
+                stop.add(held_id)
+        return stop
+
+
+def seconds_of(day: date, now: datetime) -> int:
+    """Until ``day`` is over in Berlin, found by walking; at least one."""
+    at = now.replace(second=0, microsecond=0)
+    while at.astimezone(BERLIN).date() <= day:
+        at += timedelta(minutes=1)
+    return max(1, -((now - at) // timedelta(seconds=1)))
+
+
+# The machine.
+
+# Each strategy draws (what happens, *how); the first of a list is the plainest, to which Hypothesis shrinks.
+
+
+def happens(name: str, *how: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.tuples(st.just(name), *how)
+
+
+one_of_them = st.integers(0, 1000)  # counted from the last
+payers = st.sampled_from(PAYERS)
+accounts = st.sampled_from(["user:1", "user:2", "team:1", "site"])
+
+reserve = happens("reserve", payers, st.integers(0, 80), st.sampled_from([1, 10, 64]))
+settle = happens("settle", one_of_them, st.sampled_from([0, -1, -50, -999, 1, 400]), st.booleans())
+operation = st.one_of(
+    reserve,
+    reserve,
+    reserve,
+    settle,
+    settle,
+    happens("again", one_of_them),
+    happens("give back", one_of_them),
+    happens("stop", one_of_them),
+    happens("reset", accounts, st.booleans()),
+    # A request that is in the queue, and gets its turn later, or never.
+    happens("wait", payers, st.integers(0, 80)),
+)
+edit = st.one_of(
+    happens("pause", accounts, st.sampled_from([False, False, True])),
+    happens("limit account", accounts, st.sampled_from([None, 5000, 500, 250, 0])),
+    happens("limit profile", st.just("rate_max_requests"), st.sampled_from([9, 5, 1, 0])),
+    happens("limit profile", st.just("max_concurrent_streams"), st.sampled_from([5, 3, 1, 0])),
+    happens("limit profile", st.just("max_output_tokens"), st.sampled_from([120, 80, 20, 1])),
+)
+moment = st.sampled_from([1, 31, 9.999, 10, 29.999_999, 30, 59, 61, 0.5, 600, 3600, 7200, 86_400])
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    alias: str
+
+    @initialize(
+        start=st.sampled_from(
+            [
+                "2026-11-22T12:00:00+00:00",
+                "2026-06-15T21:59:30+00:00",  # before midnight
+                "2026-03-28T22:30:00+00:00",  # before the day of 23 hours
+                "2026-10-24T21:30:00+00:00",  # before the day of 25 hours
+            ]
+        )
+    )
+    def begin(self, start: str) -> None:
+        for model in (Reservation, Adjustment, DailyUsage, RateWindow, Account):
+            rows = model._default_manager.using(self.alias)
+            rows._raw_delete(self.alias)  # type: ignore[attr-defined]
+        Profile.objects.using(self.alias).filter(name="balanced").update(
+            max_output_tokens=120,
+            daily_token_limit=700,
+            rate_max_requests=9,
+            rate_window_seconds=60,
+            max_concurrent_streams=5,
+        )
+        self.model = Model()
+        self.clock = Clock(start)
+        self.patch = mock.patch.object(timezone, "now", self.clock)
+        self.patch.start()
+        self.asked: list[Reserve] = []
+        self.sent: list[Reserve] = []
+
+    def teardown(self) -> None:
+        if hasattr(self, "patch"):
+            self.patch.stop()
+
+    # What happens.
+
+    @rule(operation=operation)
+    def one_operation(self, operation: Any) -> None:
+        self.operate([operation])
+
+    @rule(operations=st.lists(operation, min_size=2, max_size=8))
+    def many_in_one_transaction(self, operations: list[Any]) -> None:
+        self.operate(operations)
+
+    def operate(self, operations: list[Any]) -> None:
+        self.clock.move(0.000_001)
+        asks = [ask for name, *how in operations if (ask := self.named("to", name)(*how))]
+        answers = ledger.apply(asks)
+        expected = [self.expected(ask) for ask in asks]
+        self.model.expire(self.clock.now)
+        assert [shown(answer) for answer in answers] == expected, asks
+
+    @rule(seconds=moment)
+    def time_passes(self, seconds: float) -> None:
+        self.clock.move(seconds)
+
+    @rule(seconds=st.sampled_from([0, 10, 25]), which=st.lists(one_of_them, max_size=5), stranger=st.booleans())
+    def renew(self, seconds: float, which: list[int], stranger: bool) -> None:
+        self.clock.move(seconds)
+        ids = {self.sent[-1 - n % len(self.sent)].id for n in which if self.sent}
+        chosen = [*ids, *([uuid4()] if stranger else [])]
+        stopped, paused = ledger.renew(chosen)
+        assert stopped == self.model.renew(chosen, self.clock.now)
+        assert paused == {row.name for row in Account.objects.using(self.alias) if row.paused}
+
+    @rule(edit=edit)
+    def an_operator_edits(self, edit: Any) -> None:
+        name, *how = edit
+        self.named("edit", name)(*how)
+
+    def edit_pause(self, account: str, paused: bool) -> None:
+        Account.objects.using(self.alias).update_or_create(name=account, defaults={"paused": paused})
+
+    def edit_limit_account(self, account: str, limit: int | None) -> None:
+        Account.objects.using(self.alias).update_or_create(name=account, defaults={"daily_token_limit": limit})
+
+    def edit_limit_profile(self, name: str, value: int) -> None:
+        Profile.objects.using(self.alias).filter(name="balanced").update(**{name: value})
+
+    def named(self, verb: str, name: str) -> Any:
+        return getattr(self, f"{verb}_{name.replace(' ', '_')}")
+
+    # How it is asked for.
+
+    def to_reserve(self, payer: Sequence[str], prompt: int, least: int) -> Reserve | None:
+        terms = self.terms(payer)
+        if terms is None:
+            return None
+        limits: Limits = terms.limits
+        ask = Reserve(
+            id=uuid4(),
+            budgets=terms.budgets,
+            profile=terms.profile,
+            model=terms.model,
+            prompt_tokens=prompt,
+            max_output_tokens=limits.max_output_tokens,
+            min_output_tokens=least,
+            rate_max_requests=limits.rate_max_requests,
+            rate_window_seconds=limits.rate_window_seconds,
+            max_concurrent_streams=limits.max_concurrent_streams,
+        )
+        self.asked.append(ask)
+        return ask
+
+    def to_wait(self, payer: Sequence[str], prompt: int) -> None:
+        self.to_reserve(payer, prompt, 64)
+
+    def terms(self, payer: Sequence[str]) -> Terms | None:
+        """What the operators' rows give; None if they paused one who pays."""
+        rows = {row.name: row for row in Account.objects.using(self.alias)}
+        if any(rows[name].paused for name in payer if name in rows):
+            with pytest.raises(Paused):
+                Policy.read().terms(payer, "balanced")
+            return None
+        return Policy.read().terms(payer, "balanced")
+
+    def to_again(self, which: int) -> Reserve | None:
+        return self.asked[-1 - which % len(self.asked)] if self.asked else None
+
+    def to_settle(self, which: int, over: int, counted: bool) -> Settle | None:
+        known = [ask for ask in self.sent if ask.id in self.model.holds]
+        if not known:
+            return None
+        ask = known[-1 - which % len(known)]
+        tokens = max(0, self.model.holds[ask.id].tokens + over)
+        return Settle(
+            hold=hold_of(ask),
+            outcome=Outcome.COMPLETED if over else Outcome.TIMED_OUT,
+            source=UsageSource.COUNTED if counted else UsageSource.REPORTED,
+            prompt_tokens=min(tokens, ask.prompt_tokens),
+            completion_tokens=tokens - min(tokens, ask.prompt_tokens),
+            total_tokens=tokens,
+        )
+
+    def to_give_back(self, which: int) -> Settle | None:
+        """By who never heard the answer: there may be no hold at all."""
+        ask = self.to_again(which)
+        return Settle(hold=hold_of(ask), outcome=Outcome.CANCELLED) if ask else None
+
+    def to_stop(self, which: int) -> Stop | None:
+        ask = self.to_again(which)
+        return Stop(id=ask.id, day=ask.day, accounts=list(ask.budgets)) if ask else None
+
+    def to_reset(self, account: str, yesterday: bool) -> Reset:
+        day = self.clock.now.astimezone(BERLIN).date() - timedelta(days=yesterday)
+        return Reset(day=day, account=account, reason="the operator is kind", actor="admin")
+
+    def expected(self, ask: Any) -> Any:
+        now = self.clock.now
+        match ask:
+            case Reserve():
+                self.sent.append(ask)
+                return self.model.reserve(ask, now)
+            case Settle():
+                return self.model.settle(ask, now)
+            case Stop():
+                return self.model.stop(ask, now)
+            case Reset():
+                return self.model.reset(ask, now)
+
+    # What is true after each step.
+
+    @invariant()
+    def the_rows_are_the_models(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        rows = Reservation.objects.using(self.alias)
+        stored = rows.values_list("id", "day", "tokens", "expires_at", "settled_at", *FIELDS.values())
+        assert {row[0]: row[1:] for row in stored} == {
+            held_id: (held.day, held.tokens, held.expires, held.resolved, *(getattr(held, name) for name in FIELDS))
+            for held_id, held in self.model.holds.items()
+        }
+
+    @invariant()
+    def the_counters_add_up_and_no_budget_is_overspent(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        counters = {(row.day, row.account): row for row in DailyUsage.objects.using(self.alias)}
+        adjusted = dict(self.adjustments())
+        for key in {(h.day, name) for h in self.model.holds.values() for name in h.accounts} | counters.keys():
+            held, row = self.model.of(key), counters.get(key, DailyUsage())
+            assert row.tokens_reserved == sum(h.tokens for h in held if h.state == "open")
+            assert row.tokens_used == sum(h.charged for h in held) + adjusted.get(key, 0) == self.model.used(key)
+            assert row.prompt_tokens == sum(h.prompt for h in held)
+            assert row.completion_tokens == sum(h.completion for h in held)
+            assert row.requests == len(held)
+            if key in self.model.filled_to:
+                assert row.tokens_used + row.tokens_reserved <= self.model.filled_to[key]
+
+    def adjustments(self) -> Iterator[tuple[Key, int]]:
+        rows = Adjustment.objects.using(self.alias).order_by()
+        for row in rows.values("day", "account").annotate(tokens=Sum("tokens")):
+            yield (row["day"], row["account"]), row["tokens"]
+
+
+def hold_of(ask: Reserve) -> Hold:
+    """As its asker knows it, who need not have heard what became of it."""
+    return Hold(
+        id=ask.id,
+        day=ask.day,
+        budgets=ask.budgets,
+        model=ask.model,
+        prompt_tokens=ask.prompt_tokens,
+        output_tokens=0,
+        remaining=0,
+    )
+
+
+def shown(answer: Any) -> tuple[type, Any]:
+    """An answer as the model words it."""
+    if isinstance(answer, Hold):
+        return Hold, (answer.day, answer.prompt_tokens, answer.output_tokens, answer.remaining)
+    return type(answer), answer.retry_after if isinstance(answer, ChatError) else answer
+
+
+def test_the_ledger_answers_as_the_model_does_and_always_adds_up(database: str, configure: Configure) -> None:
+    configure(TIME_ZONE="Europe/Berlin", SITE_DAILY_TOKEN_LIMIT=SITE_LIMIT)
+    assert conf.settings.LEASE_SECONDS == LEASE
+    machine = type("LedgerMachine", (LedgerMachine,), {"alias": database})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
