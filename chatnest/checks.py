@@ -10,6 +10,7 @@ from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections
 
 from . import tokens
+from .bulk import VENDORS
 from .conf import NAMES, complaint, settings
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
@@ -82,6 +83,23 @@ def _check_protection() -> list[CheckMessage]:
             )
         )
     return messages
+
+
+@register()
+def check_database(**kwargs: Any) -> list[CheckMessage]:
+    alias = settings.DATABASE_ALIAS
+    if alias not in connections:
+        return [Error(f"CHATNEST['DATABASE_ALIAS'] is {alias!r}, which is not in DATABASES.", id="chatnest.E006")]
+    vendor = connections[alias].vendor
+    if vendor not in VENDORS:
+        return [
+            Error(
+                f"chatnest's ledger does not work on {vendor}.",
+                hint=f"Set CHATNEST['DATABASE_ALIAS'] to a database that is one of {', '.join(VENDORS)}.",
+                id="chatnest.E007",
+            )
+        ]
+    return []
 
 
 @register(Tags.database)

@@ -236,6 +236,8 @@ class ChatStream:
         outcome = _outcome(self._alarm) if isinstance(self._alarm, ChatError) else Outcome.CANCELLED
         if outcome == Outcome.CANCELLED and self._opening and settings.ON_DISCONNECT == "drain":
             self._settled = True
+            if self._timer:
+                self._timer.cancel()
             task = self._loop.create_task(self._drain())
             _draining.add(task)
             task.add_done_callback(_draining.discard)

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from asgiref.testing import ApplicationCommunicator
 from django.core.asgi import get_asgi_application
+from django.core.handlers.asgi import ASGIRequest
 from django.db import connections, transaction
-from django.http import HttpRequest
 from django.test import AsyncRequestFactory
 from django.utils.decorators import async_only_middleware
 
@@ -392,12 +392,12 @@ def test_the_reader_leaves_before_the_request_was_read(upstream: FakeUpstream, d
 
 
 @async_only_middleware
-def stuck(get_response: Callable[[HttpRequest], Awaitable[Any]]) -> Callable[[HttpRequest], Awaitable[Any]]:
+def stuck(get_response: Callable[[ASGIRequest], Awaitable[Any]]) -> Callable[[ASGIRequest], Awaitable[Any]]:
     """A middleware that takes its time with the response, as one that writes an audit log does."""
 
-    async def middleware(request: HttpRequest) -> Any:
+    async def middleware(request: ASGIRequest) -> Any:
         await get_response(request)
-        request.META["holding"].set()
+        request.scope["holding"].set()
         await asyncio.Event().wait()
 
     return middleware
@@ -413,17 +413,9 @@ def test_the_reader_leaves_while_a_middleware_still_has_the_response(
 
     async def story() -> None:
         holding = asyncio.Event()
-        reader = ApplicationCommunicator(app, {**SCOPE, "state": {}})
-        with pytest.MonkeyPatch.context() as patch:
-            set_up = HttpRequest.__init__
-
-            def with_event(request: HttpRequest) -> None:
-                set_up(request)
-                request.META["holding"] = holding
-
-            patch.setattr(HttpRequest, "__init__", with_event)
-            await reader.send_input({"type": "http.request", "body": BODY, "more_body": False})
-            await asyncio.wait_for(holding.wait(), 10)
+        reader = ApplicationCommunicator(app, {**SCOPE, "holding": holding})
+        await reader.send_input({"type": "http.request", "body": BODY, "more_body": False})
+        await asyncio.wait_for(holding.wait(), 10)
         await reader.send_input({"type": "http.disconnect"})
         await reader.wait(10)
         gc.collect()
@@ -559,6 +551,28 @@ def test_a_response_that_is_read_in_part_is_settled_by_any_end(
 
     asyncio.run(story())
     only(settled(), "cancelled", "counted", HELLO_BOUND + max(point, 0))
+
+
+@on_sqlite
+def test_frames_may_be_read_by_one_task_after_another(
+    upstream: FakeUpstream, settled: Settled, configure: Configure
+) -> None:
+    """As a middleware does that waits for each with a timeout: heartbeats and deadlines hold all the same."""
+    configure(HEARTBEAT_SECONDS=0.1, GAP_SECONDS=0.5)
+    upstream.replies(Reply("Hello", gate_after=1))
+
+    async def story() -> list[bytes]:
+        frames = aiter(await response())
+        read = []
+        with suppress(StopAsyncIteration):
+            while True:
+                read.append(await asyncio.wait_for(asyncio.ensure_future(anext(frames)), 5))
+        return read
+
+    frames = asyncio.run(story())
+    assert frames.count(b"event: ping\ndata: \n\n") >= 2
+    assert frames[-1].startswith(b"event: error")
+    only(settled(), "timed_out", "counted", HELLO_BOUND + 1)
 
 
 @on_sqlite
