@@ -78,7 +78,7 @@ def verify(*, repair: bool = False, progress: Progress | None = None) -> list[Di
     Reading needs no locks and stops no traffic: one statement a day, so it sees the day as of one commit.
     Repair locks what was found as the ledger does, reads it again, and mends it in the same transaction.
     """
-    found: list[Discrepancy] = []
+    found = []
     days = _days(_all(DailyUsage), _all(Reservation), _all(Adjustment))
     for number, day in enumerate(days, 1):
         differences = _differences(day)
@@ -127,12 +127,8 @@ def _read(day: date) -> Iterator[tuple[Any, ...]]:
         )
         .values_list("kind", "name", "reserved", "used", "prompt", "completion", "number")
     )
-    adjusted = (
-        _all(Adjustment, day=day)
-        .values(kind=kind, name=F("account"))
-        .annotate(used=Sum("tokens"))
-        .values_list("kind", "name", nothing, "used", nothing, nothing, nothing)
-    )
+    adjustments = _all(Adjustment, day=day).values(kind=kind, name=F("account")).annotate(used=Sum("tokens"))
+    adjusted = adjustments.values_list("kind", "name", nothing, "used", nothing, nothing, nothing)
     return stored.union(charged, adjusted, all=True).iterator()
 
 
@@ -155,8 +151,9 @@ def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:
 
 def _charge_overdue() -> None:
     """As the ledger does whenever it is asked; where nobody chats, nobody asks it."""
-    while Reservation.objects.using(settings.DATABASE_ALIAS).overdue(timezone.now()).exists():
-        ledger.apply(())
+    rows = Reservation.objects.using(settings.DATABASE_ALIAS)
+    while overdue := list(rows.overdue(timezone.now()).values_list("id", flat=True)[:BATCH]):
+        ledger.expire(overdue)
 
 
 # Pruning
@@ -219,10 +216,7 @@ def _fold(day: date, rows: QuerySet[Any], names: str, tokens: str) -> Iterator[i
             chosen = rows.filter(pk__in=batch)
             earlier = _all(Adjustment, day=day, account__in=accounts, reason=PRUNED)
             sums = dict.fromkeys(accounts, 0)
-            for value, count in (
-                *chosen.values_list(names, tokens),
-                *earlier.values_list("account", "tokens"),
-            ):
+            for value, count in (*chosen.values_list(names, tokens), *earlier.values_list("account", "tokens")):
                 for account in _listed(value):
                     sums[account] += count
             earlier.delete()

@@ -84,7 +84,7 @@ def is_number(value: object) -> Any:
 def _is_zone(value: object) -> bool:
     try:
         return isinstance(value, str) and bool(ZoneInfo(value))
-    except (ValueError, OSError):
+    except (ValueError, OSError, KeyError):
         return False
 
 

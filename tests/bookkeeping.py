@@ -65,6 +65,19 @@ def used(hold: Hold, tokens: int, **changes: Any) -> Settle:
     return Settle(hold=hold, **{**usual, **changes})
 
 
+def hold_of(question: Reserve) -> Hold:
+    """As its asker knows it, who need not have heard the answer."""
+    return Hold(
+        id=question.id,
+        day=question.day,
+        budgets=question.budgets,
+        model=question.model,
+        prompt_tokens=question.prompt_tokens,
+        output_tokens=0,
+        remaining=0,
+    )
+
+
 def given_back(hold: Hold) -> Settle:
     """Nobody asked the provider after all."""
     return Settle(hold=hold, outcome=Outcome.CANCELLED)

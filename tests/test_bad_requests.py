@@ -1,4 +1,4 @@
-"""What clients get wrong, or try: each is a clear JSON refusal, never a 500; nothing is charged or asked of the model."""
+"""What clients get wrong, or try: a clear JSON refusal, never a 500; nothing is charged or asked of the model."""
 
 from __future__ import annotations
 

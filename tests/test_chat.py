@@ -6,14 +6,16 @@ import json
 from typing import Any
 
 import pytest
+from django.core.asgi import get_asgi_application
 from django.db import connections
+from django.test import Client as DjangoClient
 
 from chatnest.limits import DEFAULT_PROFILES
 from chatnest.models import DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import HELLO, Answer, Client
-from .conftest import Configure, EditProfile, Settled, on_sqlite
+from .conftest import Configure, EditProfile, Settled, on_sqlite, served
 
 PAYER = "ip:127.0.0.1"
 # "Hello!" is two tokens; a message and its role are five at most, a reply three.
@@ -128,6 +130,40 @@ def test_any_text_of_the_user_reaches_the_model_as_it_was_written(
 ) -> None:
     assert client.chat({"messages": [user(text)], "profile": "expanded"}).status == 200
     assert upstream.requests[0].json["messages"] == [user(text)]
+
+
+@on_sqlite
+def test_a_site_that_compresses_its_pages_still_streams(upstream: FakeUpstream, settings: Any, database: str) -> None:
+    """Django's middleware would hold frames back, or make a stream that many clients cannot read."""
+    settings.MIDDLEWARE = ["django.middleware.gzip.GZipMiddleware", *settings.MIDDLEWARE]
+    upstream.replies(Reply("one" * 100, "two", gate_after=1))
+    with served(get_asgi_application()) as port:
+        with Client(port).stream(accept_encoding="gzip") as stream:
+            assert stream.until("token") == ("token", '"' + "one" * 100 + '"')
+            upstream.release()
+            assert dict(stream.rest())["done"] == ""
+        page = Client(port, accept_encoding="gzip")
+        connection = page.request("HEAD", "/")
+        assert (connection.status, connection.headers["vary"]) == (200, "Cookie, Accept-Encoding")
+
+
+@on_sqlite
+def test_a_site_that_wraps_its_requests_in_transactions_still_streams(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+    assert client.chat().events[-1] == "done"
+    assert client.usage()["usedToday"] == 14
+
+
+@on_sqlite
+def test_a_site_that_is_not_asynchronous_is_told_so(
+    upstream: FakeUpstream, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = DjangoClient().post("/api/chat", HELLO, content_type="application/json")
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "chatnest streams need an ASGI server, such as uvicorn; this is WSGI." in caplog.text
+    assert upstream.requests == []
 
 
 # What the model is asked.

@@ -245,7 +245,7 @@ def test_a_drain_ends_as_an_answer_would(
     (row,) = settled()
     assert (row.outcome, row.usage_source) == ("cancelled", "counted")
     assert row.tokens_charged == tokens
-    upstream.wait_for(lambda: upstream.open_connections == 0)
+    assert len(upstream.requests) == 1
 
 
 @on_sqlite
@@ -253,7 +253,7 @@ def test_a_drain_does_not_go_on_for_ever(
     client: Client, upstream: FakeUpstream, settled: Settled, configure: Configure
 ) -> None:
     configure(ON_DISCONNECT="drain", MAX_STREAM_SECONDS=0.5)
-    upstream.replies(Reply.endless("x ", interval=0.02))
+    upstream.replies(Reply.endless("x "))
     with client.stream() as stream:
         stream.until("token")
     upstream.wait_for_disconnect()

@@ -30,7 +30,7 @@ from chatnest.limits import Limits
 from chatnest.models import Account, Adjustment, DailyUsage, Profile, RateWindow, Reservation
 from chatnest.policy import Policy, Terms
 
-from .bookkeeping import Clock, Outcome, UsageSource
+from .bookkeeping import Clock, Outcome, UsageSource, hold_of
 from .conftest import Configure
 
 EXAMPLES: Final = int(os.environ.get("LEDGER_EXAMPLES", "60"))
@@ -39,6 +39,15 @@ STEPS: Final = 50
 BERLIN: Final = ZoneInfo("Europe/Berlin")
 LEASE: Final = 30
 SITE_LIMIT: Final = 1500
+LIMITS: Final = {
+    "max_output_tokens": 120,
+    "max_messages": 6,
+    "daily_token_limit": 700,
+    "max_tokens_per_request": 2048,
+    "rate_max_requests": 9,
+    "rate_window_seconds": 60,
+    "max_concurrent_streams": 5,
+}
 PAYERS: Final = (("user:1", "site"), ("user:2", "site"), ("user:2", "team:1", "site"))
 FIELDS: Final = {  # the model's names for the rows'
     "state": "state",
@@ -265,16 +274,10 @@ class LedgerMachine(RuleBasedStateMachine):
         )
     )
     def begin(self, start: str) -> None:
-        for model in (Reservation, Adjustment, DailyUsage, RateWindow, Account):
+        for model in (Reservation, Adjustment, DailyUsage, RateWindow, Account, Profile):
             rows = model._default_manager.using(self.alias)
             rows._raw_delete(self.alias)  # type: ignore[attr-defined]
-        Profile.objects.using(self.alias).filter(name="balanced").update(
-            max_output_tokens=120,
-            daily_token_limit=700,
-            rate_max_requests=9,
-            rate_window_seconds=60,
-            max_concurrent_streams=5,
-        )
+        self.edit_limit_profile()
         self.model = Model()
         self.clock = Clock(start)
         self.patch = mock.patch.object(timezone, "now", self.clock)
@@ -328,8 +331,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def edit_limit_account(self, account: str, limit: int | None) -> None:
         Account.objects.using(self.alias).update_or_create(name=account, defaults={"daily_token_limit": limit})
 
-    def edit_limit_profile(self, name: str, value: int) -> None:
-        Profile.objects.using(self.alias).filter(name="balanced").update(**{name: value})
+    def edit_limit_profile(self, name: str = "max_output_tokens", value: int = 120) -> None:
+        rows = Profile.objects.using(self.alias)
+        profile = rows.filter(name="balanced").first() or Profile(name="balanced", **LIMITS)
+        setattr(profile, name, value)
+        profile.save(using=self.alias)
 
     def named(self, verb: str, name: str) -> Any:
         return getattr(self, f"{verb}_{name.replace(' ', '_')}")
@@ -445,19 +451,6 @@ class LedgerMachine(RuleBasedStateMachine):
         rows = Adjustment.objects.using(self.alias).order_by()
         for row in rows.values("day", "account").annotate(tokens=Sum("tokens")):
             yield (row["day"], row["account"]), row["tokens"]
-
-
-def hold_of(ask: Reserve) -> Hold:
-    """As its asker knows it, who need not have heard what became of it."""
-    return Hold(
-        id=ask.id,
-        day=ask.day,
-        budgets=ask.budgets,
-        model=ask.model,
-        prompt_tokens=ask.prompt_tokens,
-        output_tokens=0,
-        remaining=0,
-    )
 
 
 def shown(answer: Any) -> tuple[type, Any]:

@@ -11,7 +11,6 @@ from typing import Any, Final
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error, IntegrityError
 from django.db.models import Case, QuerySet, When
-from django.utils.connection import ConnectionDoesNotExist
 
 from ..accounts import SITE
 from ..conf import settings
@@ -36,9 +35,9 @@ class OperatorCommand(BaseCommand):
             raise CommandError(
                 f"The counters do not allow it: {error}\nRun chatnest_verify --repair, then this again."
             ) from error
-        except (Error, ConnectionDoesNotExist) as error:
+        except Error as error:
             alias = settings.DATABASE_ALIAS
-            raise CommandError(f"The database {alias!r} does not do what it is asked: {error}") from error
+            raise CommandError(f"The database {alias!r} refused (is it up, and migrated?): {error}") from error
         except KeyboardInterrupt:
             raise CommandError(
                 "Interrupted. What was done so far is complete in itself; run this again for the rest.",

@@ -13,15 +13,6 @@ from typing import Any
 
 from project.asgi import application as site
 
-LOADED_AT_START = frozenset(sys.modules)
-
-
-_pauses: list[float] = []
-import time
-def _cb(phase, info):
-    if phase == "start": _cb.t = time.perf_counter()
-    elif info["generation"] == 2: _pauses.append(round((time.perf_counter()-_cb.t)*1000,1))
-gc.callbacks.append(_cb)
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "http" and scope["path"] == "/debug":
@@ -34,13 +25,10 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 def inside() -> dict[str, Any]:
-    loaded = sorted(set(sys.modules) - LOADED_AT_START)
-    from chatnest.batcher import batcher
-    from chatnest.stream import Place
-
+    stream, batcher = sys.modules.get("chatnest.stream"), sys.modules.get("chatnest.batcher")
     return {
-        "loaded": loaded, "pauses": _pauses,
-        "tasks": len(asyncio.all_tasks()) - 1,  # this one
-        "streams": Place._taken,
-        "leases": len(batcher._live),
+        "modules": sorted(sys.modules),
+        "tasks": len(asyncio.all_tasks()),
+        "streams": stream.Place._taken if stream else 0,
+        "leases": len(batcher.batcher._live) if batcher else 0,
     }

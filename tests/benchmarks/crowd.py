@@ -7,7 +7,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
+from itertools import count
 from typing import Any, TypeVar
 
 import uvloop
@@ -33,11 +34,16 @@ def request(number: int, path: str) -> bytes:
 
 
 class Chat(asyncio.Protocol):
-    """One request and what came of it; times are milliseconds. ``ended`` is done when the connection is."""
+    """One request and what came of it; times are milliseconds.
+
+    ``begun`` is done once the first token is there, ``ended`` once the connection is gone, and ``begun`` too.
+    """
 
     def __init__(self, number: int, path: str) -> None:
         self.number, self.path = number, path
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
         self.status = 0
         self.done = False  # the answer came to its end
         self.first_token: float | None = None  # from the request on
@@ -46,25 +52,27 @@ class Chat(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
-        self._began = time.monotonic_ns()
+        self._asked = time.monotonic_ns()
         self.transport.write(request(self.number, self.path))
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic_ns()
         if not self.status:
             self.status = int(data[9:12])
-        lines, newline, rest = (self._rest + data).rpartition(b"\n")
+        lines, _, rest = (self._rest + data).rpartition(b"\n")
         self._rest = rest
         if marks := MARK.findall(lines):
             if self.first_token is None:
-                self.first_token = (now - self._began) / 1e6
+                self.first_token = (now - self._asked) / 1e6
+                self.begun.set_result(None)
             self.lateness += [(now - int(mark)) / 1e6 for mark in marks]
         if b"event: done" in lines:
             self.done = True
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+        for future in (self.begun, self.ended):
+            if not future.done():
+                future.set_result(None)
 
 
 class Crowd:
@@ -73,7 +81,7 @@ class Crowd:
     def __init__(self, port: int, path: str = "/api/chat") -> None:
         self.port, self.path = port, path
         self.chats: list[Chat] = []
-        self._numbers: Iterator[int] = iter(range(1, 2**24))
+        self._numbers = count(1)
 
     def __enter__(self) -> Crowd:
         self._loop = uvloop.new_event_loop()
@@ -87,16 +95,16 @@ class Crowd:
         self._thread.join()
         self._loop.close()
 
-    def chat(self) -> Chat:
-        """One more, from its beginning to its end."""
-        return self._do(self._chat())
-
     def run(self, streams: int, rounds: int = 1, ramp: float = 0) -> list[Chat]:
         """``streams`` at once, the next as soon as one ends; the first ones begin ``ramp`` seconds apart."""
 
         async def one_after_another(start: float) -> list[Chat]:
             await asyncio.sleep(start)
-            return [await self._chat() for _ in range(rounds)]
+            chats = []
+            for _ in range(rounds):
+                chats.append(await self._connect())
+                await chats[-1].ended
+            return chats
 
         async def everybody() -> list[list[Chat]]:
             return await asyncio.gather(*(one_after_another(n * ramp) for n in range(streams)))
@@ -104,19 +112,29 @@ class Crowd:
         return [chat for chats in self._do(everybody()) for chat in chats]
 
     def open(self, streams: int, at_once: int = 100) -> None:
-        """``streams`` more that stay; ``at_once`` of them knock at a time, until the first token is there."""
+        """``streams`` more that stay; ``at_once`` of them knock at a time, until their first token is there."""
 
         async def enter(doors: asyncio.Semaphore) -> None:
             async with doors:
-                chat = await self._connect()
-                while chat.first_token is None and not chat.ended.done():
-                    await asyncio.sleep(0.01)
+                await (await self._connect()).begun
 
         async def everybody() -> None:
             doors = asyncio.Semaphore(at_once)
             await asyncio.gather(*(enter(doors) for _ in range(streams)))
 
         self._do(everybody())
+
+    def visit(self) -> Chat:
+        """One that leaves at the first token."""
+
+        async def visit() -> Chat:
+            chat = await self._connect()
+            await chat.begun
+            chat.transport.abort()
+            await chat.ended
+            return chat
+
+        return self._do(visit())
 
     def leave(self) -> None:
         """All of them close their connection."""
@@ -131,11 +149,6 @@ class Crowd:
     @property
     def tokens(self) -> int:
         return sum(len(chat.lateness) for chat in self.chats)
-
-    async def _chat(self) -> Chat:
-        chat = await self._connect()
-        await chat.ended
-        return chat
 
     async def _connect(self) -> Chat:
         chat = Chat(next(self._numbers), self.path)

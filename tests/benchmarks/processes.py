@@ -53,6 +53,11 @@ class Serving:
         times = self.process.cpu_times()
         return times.user + times.system
 
+    def serves(self, client: socket.socket) -> bool:
+        """Whether its end of the client's connection is open."""
+        ends = self.process.net_connections("tcp")
+        return any(end.raddr and end.raddr.port == client.getsockname()[1] for end in ends)
+
     def inside(self, query: str = "") -> dict[str, Any]:
         """What it says itself that it holds: see ``tests.benchmarks.asgi``."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)

@@ -104,9 +104,7 @@ class Answering(asyncio.Protocol):
 
 async def serve(port: int, tokens: int, interval: float) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: Answering(tokens, interval), "127.0.0.1", port, backlog=BACKLOG
-    )
+    server = await loop.create_server(lambda: Answering(tokens, interval), "127.0.0.1", port, backlog=BACKLOG)
     await server.serve_forever()
 
 

@@ -44,7 +44,7 @@ class Command(base.OperatorCommand):
         )
         parser.add_argument("--dry-run", action="store_true", help="Only say what would be forgiven.")
         parser.add_argument(
-            "--noinput", "--no-input", action="store_false", dest="interactive", help="Do not ask before."
+            "--noinput", "--no-input", action="store_false", dest="interactive", help="Do not ask first."
         )
 
     def run(
@@ -68,16 +68,18 @@ class Command(base.OperatorCommand):
         for name in dict.fromkeys(account or ()):
             if name not in used:
                 self.say(f"{name}: nothing to forgive")
-        if dry_run:
+        if not used:
+            self.say(f"Nothing was reset: no tokens were used on {day}.")
+        elif dry_run:
             for name, tokens in used.items():
                 self.say(f"{name}: would forgive {count(tokens, 'token')}")
-        elif used and interactive:
-            confirm(f"This forgives what {listed(list(used))} used on {day}.")
-        if used and not dry_run:
+            self.say(f"Nothing was reset: without --dry-run, {count(len(used), 'account')} would be, for {day}.")
+        else:
+            if interactive:
+                confirm(f"This forgives what {listed(list(used))} used on {day}.")
             self.reset(day, list(used))
+            self.say(self.style.SUCCESS(f"{count(len(used), 'account')} reset for {day}."))
             self.mention_streams(day, used.keys())
-        reset = 0 if dry_run else len(used)
-        self.say(f"{count(reset, 'account')} reset for {day}.")
 
     def reset(self, day: date, accounts: list[str]) -> None:
         actor = operator()
@@ -92,8 +94,8 @@ class Command(base.OperatorCommand):
         held = [tokens for names, tokens in rows.values_list("accounts", "tokens") if not accounts.isdisjoint(names)]
         if held:
             self.say(
-                f"{count(len(held), 'open stream')} of theirs keep {count(sum(held), 'token')} reserved; "
-                "what they use will count."
+                f"Still reserved by {count(len(held), 'open stream')}: {count(sum(held), 'token')}. "
+                "What they use will count."
             )
 
 

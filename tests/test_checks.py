@@ -1,0 +1,247 @@
+"""System checks: what a developer mistyped is told by name before anything is served."""
+
+from __future__ import annotations
+
+import math
+from io import StringIO
+from typing import Any
+
+import pytest
+from django.core.checks import CheckMessage, run_checks
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+
+from chatnest import checks, tokens
+from chatnest.batcher import batcher
+from chatnest.conf import NAMES, Settings
+from chatnest.conf import settings as chatnest_settings
+from chatnest.models import Profile
+
+from .conftest import Configure, EditProfile
+
+
+def found(databases: list[str] | None = None) -> list[CheckMessage]:
+    messages = run_checks(databases=databases)
+    ours = [message for message in messages if (message.id or "").startswith("chatnest.")]
+    return sorted(ours, key=lambda message: str(message.id))
+
+
+def ids() -> list[str | None]:
+    return [message.id for message in found()]
+
+
+def test_the_tests_own_settings_have_nothing_wrong() -> None:
+    assert found() == []
+
+
+def test_the_defaults_have_nothing_wrong_but_a_missing_key(settings: Any) -> None:
+    del settings.CHATNEST
+    (message,) = found()
+    assert message.id == "chatnest.W002"
+    assert message.msg == "CHATNEST has no OPENAI_API_KEY: OpenAI will refuse every chat."
+
+
+def test_another_provider_may_need_no_key(configure: Configure) -> None:
+    configure(OPENAI_API_KEY="", OPENAI_BASE_URL="http://127.0.0.1:11434/v1")
+    assert found() == []
+
+
+@pytest.mark.parametrize("typed", [None, 5, "SITE_DAILY_TOKEN_LIMIT", ["SITE_DAILY_TOKEN_LIMIT"], ()], ids=repr)
+def test_the_settings_must_be_a_dict(settings: Any, typed: Any) -> None:
+    settings.CHATNEST = typed
+    assert ids() == ["chatnest.E001"]
+
+
+@pytest.mark.parametrize("name", ["SITE_DAILY_LIMIT", "site_daily_token_limit", "OPENAI_KEY", "", 7, None])
+def test_a_key_that_is_no_setting_is_named(configure: Configure, settings: Any, name: Any) -> None:
+    settings.CHATNEST = {**settings.CHATNEST, name: 1000}
+    (message,) = found()
+    assert (message.id, message.msg) == ("chatnest.E002", f"CHATNEST[{name!r}] is not a setting.")
+    assert "SITE_DAILY_TOKEN_LIMIT" in (message.hint or "")
+
+
+COUNTS = ["SITE_DAILY_TOKEN_LIMIT", "TRUSTED_PROXIES", "UPSTREAM_MAX_RETRIES"]
+POSITIVE_COUNTS = ["MAX_STREAMS_PER_PROCESS", "MAX_BODY_BYTES", "MIN_OUTPUT_TOKENS"]
+SECONDS = ["HEARTBEAT_SECONDS", "MAX_STREAM_SECONDS", "FIRST_TOKEN_SECONDS", "GAP_SECONDS", "LEASE_SECONDS"]
+FLAGS = ["ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES"]
+TEXTS = ["OPENAI_API_KEY", "OPENAI_BASE_URL", "DATABASE_ALIAS"]
+NO_COUNT = [None, -1, 1.0, 1.5, "1", "", True, math.nan, math.inf, [1], b"1"]
+WRONG: list[tuple[str, Any]] = [
+    *((name, value) for name in COUNTS for value in NO_COUNT),
+    *((name, value) for name in POSITIVE_COUNTS for value in [0, *NO_COUNT]),
+    *((name, value) for name in SECONDS for value in [None, 0, -1, "15", True, math.nan, math.inf, -math.inf, [15]]),
+    *((name, value) for name in FLAGS for value in [None, 0, 1, "on", "False", ""]),
+    *((name, value) for name in TEXTS for value in [None, 5, b"bytes", ["a"]]),
+    *(("PAYER", value) for value in [5, ["path"], True]),
+    *(("TIME_ZONE", value) for value in ["", "Mars/Olympus", "CET+1 or so", "/etc/passwd", "../UTC", "a\0b", 5]),
+    *(("HARD_CAPS", value) for value in [None, 5, "max_messages", ["max_messages"], [("max_messages", 5)]]),
+    *(("ON_DISCONNECT", value) for value in [None, "", "Abort", "close", 5, ["abort"]]),
+    *(("MAX_TOKENS_PARAMETER", value) for value in [None, "", "max_output_tokens", 5]),
+]
+
+
+def test_every_setting_is_tried_with_wrong_values() -> None:
+    assert {name for name, _ in WRONG} == NAMES
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda part: repr(part))
+def test_a_wrong_value_is_named_and_never_served(configure: Configure, name: str, value: Any) -> None:
+    configure(**{name: value})
+    (message,) = found()
+    assert message.id == "chatnest.E003"
+    assert message.msg.startswith(f"CHATNEST[{name!r}] must be ")
+    with pytest.raises(ImproperlyConfigured, match="must be"):
+        getattr(chatnest_settings, name)
+
+
+def test_a_wrong_key_is_not_shown(configure: Configure) -> None:
+    """The provider's key, that is: a list of two of them is a mistake, and a secret."""
+    configure(OPENAI_API_KEY=["sk-one", "sk-two"])
+    (message,) = found()
+    assert "sk-" not in message.msg
+
+
+def test_several_mistakes_are_told_at_once(configure: Configure) -> None:
+    configure(SITE_LIMIT=5, GAP_SECONDS="30", ON_DISCONNECT="stop")
+    assert ids() == ["chatnest.E002", "chatnest.E003", "chatnest.E003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SITE_DAILY_TOKEN_LIMIT", 0),
+        ("TRUSTED_PROXIES", 2),
+        ("MAX_STREAMS_PER_PROCESS", 1),
+        ("GAP_SECONDS", 0.5),
+        ("PAYER", "tests.test_accounts.by_tenant"),
+        ("PAYER", lambda request, accounts: accounts),
+        ("TIME_ZONE", "America/Argentina/Buenos_Aires"),
+        ("HARD_CAPS", {}),
+        ("HARD_CAPS", {"max_messages": 0, "temperature": 1.5, "max_output_tokens": 100}),
+        ("ON_DISCONNECT", "drain"),
+        ("MAX_TOKENS_PARAMETER", "max_completion_tokens"),
+        ("DATABASE_ALIAS", "postgres"),
+    ],
+    ids=str,
+)
+def test_a_right_value_is_in_force(configure: Configure, name: str, value: Any) -> None:
+    configure(**{name: value})
+    assert found() == []
+    assert getattr(chatnest_settings, name) == value
+
+
+def test_a_rule_for_payers_that_cannot_be_imported_is_named(configure: Configure) -> None:
+    configure(PAYER="shop.billing.no_such_function")
+    assert any("shop.billing.no_such_function" in message.msg for message in found())
+
+
+@pytest.mark.parametrize("name", ["max_token", "MAX_MESSAGES", "model", ""])
+def test_a_cap_that_is_no_limit_is_named(configure: Configure, name: str) -> None:
+    configure(HARD_CAPS={name: 5})
+    (message,) = found()
+    assert (message.id, message.msg) == ("chatnest.E004", f"HARD_CAPS[{name!r}] is not a limit.")
+    assert "max_output_tokens" in (message.hint or "")
+
+
+@pytest.mark.parametrize("cap", [None, -1, "1000", 10.5, True, math.nan, math.inf, [5]], ids=repr)
+def test_a_cap_that_is_no_number_is_named(configure: Configure, cap: Any) -> None:
+    configure(HARD_CAPS={"max_messages": cap})
+    (message,) = found()
+    assert message.id == "chatnest.E005"
+    assert "max_messages" in message.msg
+
+
+def test_caps_under_which_nothing_could_be_answered_are_named(configure: Configure) -> None:
+    configure(HARD_CAPS={"max_output_tokens": 16_000})
+    assert ids() == ["chatnest.W001"]
+    configure(HARD_CAPS={"max_output_tokens": 15_999})
+    assert ids() == []
+
+
+def test_a_platform_without_the_tokenizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "EXACT", False)
+    assert ids() == ["chatnest.W003"]
+
+
+def test_a_lease_that_a_busy_process_may_lose_is_told(configure: Configure) -> None:
+    configure(LEASE_SECONDS=5)
+    assert ids() == ["chatnest.W004"]
+
+
+@pytest.mark.parametrize("alias", ["", "replica", "Default"])
+def test_a_database_that_there_is_not_is_told(configure: Configure, alias: str) -> None:
+    configure(DATABASE_ALIAS=alias)
+    (message,) = found()
+    assert message.id == "chatnest.E006"
+    assert repr(alias) in message.msg
+
+
+def test_a_database_that_the_ledger_cannot_use_is_told(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "VENDORS", ("postgresql",))
+    configure(DATABASE_ALIAS="default")
+    (message,) = found()
+    assert (message.id, message.msg) == ("chatnest.E007", "chatnest's ledger does not work on sqlite.")
+
+
+def test_the_command_line_tells_it_too(configure: Configure) -> None:
+    configure(GAP_SECONDS=0)
+    with pytest.raises(SystemCheckError, match=r"chatnest\.E003.*GAP_SECONDS.*a number of seconds above 0, not 0"):
+        call_command("check", stdout=StringIO(), stderr=StringIO())
+
+
+# Profiles, where the database may be read.
+
+
+def test_profiles_that_could_never_answer_are_told(edit_profile: EditProfile, database: str) -> None:
+    """As the original's expanded one could not: 3,000 tokens of answer against 2,048 a request."""
+    edit_profile("expanded", max_tokens_per_request=2048)
+    edit_profile("constrained")
+    edit_profile("balanced", max_output_tokens=9000, max_tokens_per_request=9000)
+    edit_profile("off", max_output_tokens=9000, max_tokens_per_request=9000, enabled=False)
+    messages = found([database])
+    assert [(message.id, message.obj.name) for message in messages] == [("chatnest.W005", "expanded")]
+    assert "'expanded' could never answer" in messages[0].msg
+    # Balanced is clamped to 4,096 of 9,000; the profile that is off answers nobody.
+
+
+def test_a_profile_that_only_the_caps_keep_from_answering_is_told(
+    edit_profile: EditProfile, database: str, configure: Configure
+) -> None:
+    edit_profile("expanded")
+    configure(HARD_CAPS={"max_tokens_per_request": 3000, "max_output_tokens": 2999})
+    assert found([database]) == []
+    configure(HARD_CAPS={"max_tokens_per_request": 3000, "max_output_tokens": 3000})
+    assert [message.id for message in found([database])] == ["chatnest.W001", "chatnest.W005"]
+
+
+def test_no_database_is_read_unasked(edit_profile: EditProfile, database: str) -> None:
+    edit_profile("expanded", max_tokens_per_request=2048)
+    assert found() == []
+    other = "postgres" if database == "default" else "default"
+    assert found([other]) == []
+
+
+@pytest.mark.parametrize("name", ["max_output_tokens", "max_tokens_per_request"])
+def test_the_form_refuses_such_a_profile(name: str) -> None:
+    profile = Profile(
+        name="x",
+        max_output_tokens=100,
+        max_messages=5,
+        max_tokens_per_request=100,
+        daily_token_limit=1000,
+        rate_max_requests=5,
+        rate_window_seconds=60,
+        max_concurrent_streams=1,
+    )
+    with pytest.raises(Exception, match="could never answer"):
+        profile.clean()
+    setattr(profile, name, 99 if name == "max_output_tokens" else 101)
+    profile.clean()
+
+
+def test_all_settings_have_a_default_and_all_defaults_are_right(settings: Any) -> None:
+    del settings.CHATNEST
+    for name in NAMES:
+        assert getattr(chatnest_settings, name) == getattr(Settings, name, {})
+    batcher.forget_policy()

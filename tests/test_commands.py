@@ -1,0 +1,451 @@
+"""The operators' commands, as somebody on call meets them: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import pytest
+from django.core.management import ManagementUtility
+from django.db import OperationalError
+from django.utils import timezone
+
+from chatnest import audit, ledger
+from chatnest.ledger import Hold, Reset
+from chatnest.management import base
+from chatnest.management.commands import chatnest_reset_budgets
+from chatnest.models import Account, Adjustment, DailyUsage, Reservation
+
+from .bookkeeping import Clock, ask, counters, discrepancies, do, row_of, used
+from .conftest import on_sqlite
+
+TODAY = date(2026, 11, 22)
+
+
+@dataclass
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+Manage = Callable[..., Ran]
+
+
+@pytest.fixture
+def manage(capsys: pytest.CaptureFixture[str]) -> Manage:
+    """``manage("chatnest_verify", "--repair")``, as typed into a shell."""
+
+    def manage(*words: str) -> Ran:
+        code = 0
+        capsys.readouterr()
+        try:
+            ManagementUtility(["manage.py", *words]).execute()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return Ran(code, said.out, said.err)
+
+    return manage
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock("2026-11-22T12:00:00+00:00")
+    monkeypatch.setattr(timezone, "now", clock)
+    return clock
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Somebody types this when asked. Gives what they were asked."""
+
+    def answered(answer: str) -> list[str]:
+        asked: list[str] = []
+
+        def input(question: str) -> str:
+            asked.append(question)
+            return answer
+
+        monkeypatch.setattr("builtins.input", input)
+        return asked
+
+    return answered
+
+
+@pytest.fixture
+def chats(database: str) -> Hold:
+    """Three users have chatted today: 1,500 tokens, 300 and none. The second one's last answer is being written."""
+    for payer, tokens in (("user:1", 1500), ("user:2", 300), ("user:3", 0)):
+        do(used(do(ask(payer, limit=10**6)), tokens))
+    hold: Hold = do(ask("user:2"))
+    return hold
+
+
+# chatnest_verify
+
+
+def test_a_proven_ledger_is_said_to_be(chats: Hold, manage: Manage) -> None:
+    assert manage("chatnest_verify") == Ran(0, "Every counter is proven by its rows.\n", "")
+    assert manage("chatnest_verify", "--verbosity", "0") == Ran(0, "", "")
+
+
+def test_differences_are_told_and_then_repaired(chats: Hold, manage: Manage, database: str) -> None:
+    rows = DailyUsage.objects.using(database)
+    rows.filter(account="site").update(tokens_used=2000)
+    rows.filter(account="user:2").update(tokens_reserved=0)
+    told = manage("chatnest_verify")
+    assert told == Ran(
+        1,
+        "2026-11-22 site tokens_used: 2,000 stored, 1,800 by its rows\n"
+        "2026-11-22 user:2 tokens_reserved: 0 stored, 110 by its rows\n",
+        "CommandError: 2 differences. To set the counters to the sums: chatnest_verify --repair\n",
+    )
+    assert manage("chatnest_verify", "--repair") == Ran(
+        0,
+        "2026-11-22 site tokens_used: 2,000 stored, 1,800 by its rows (repaired)\n"
+        "2026-11-22 user:2 tokens_reserved: 0 stored, 110 by its rows (repaired)\n"
+        "2 differences repaired. Every counter is proven by its rows.\n",
+        "",
+    )
+    assert manage("chatnest_verify").code == 0
+
+
+def test_what_cannot_be_repaired_stays_a_failure(chats: Hold, manage: Manage, database: str) -> None:
+    Adjustment.objects.using(database).create(
+        day=TODAY, account="user:3", tokens=-5, reason="by hand", created_at=timezone.now()
+    )
+    told = manage("chatnest_verify", "--repair")
+    assert told.code == 1
+    assert told.lines == [
+        "2026-11-22 user:3 tokens_used: 0 stored, -5 by its rows (not repairable: a charge or an adjustment is missing)"
+    ]
+    assert told.err.startswith("CommandError: 1 difference not repaired: ")
+    assert "Traceback" not in told.err
+
+
+def test_a_log_hears_how_far_it_is_only_if_it_asks(
+    chats: Hold, manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PROGRESS_SECONDS", 0)
+    assert manage("chatnest_verify").err == ""
+    assert manage("chatnest_verify", "--verbosity", "2").err == "2026-11-22 checked, 1 of 1 days\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert "2026-11-22 checked, 1 of 1 days" in manage("chatnest_verify", "--no-color").err
+    assert manage("chatnest_verify", "--no-color", "--verbosity", "0").err == ""
+
+
+# chatnest_reset_budgets
+
+
+def test_one_account_is_forgiven_and_no_other(chats: Hold, manage: Manage, answered: Any, database: str) -> None:
+    asked = answered("yes")
+    ran = manage("chatnest_reset_budgets", "--account", "user:1")
+    assert asked == ["This forgives what user:1 used on 2026-11-22. Type 'yes' to go on: "]
+    assert ran == Ran(0, "user:1: forgave 1,500 tokens\n1 account reset for 2026-11-22.\n", "")
+    assert [counters(name)[0] for name in ("user:1", "user:2", "site")] == [0, 300, 1800]
+    adjustment = Adjustment.objects.using(database).get()
+    assert (adjustment.account, adjustment.tokens) == ("user:1", -1500)
+    assert (adjustment.reason, adjustment.actor) == ("chatnest_reset_budgets", chatnest_reset_budgets.operator())
+
+
+def test_open_streams_keep_what_they_reserved(chats: Hold, manage: Manage) -> None:
+    ran = manage("chatnest_reset_budgets", "--all", "--noinput")
+    assert ran.code == 0
+    assert ran.lines == [
+        "site: forgave 1,800 tokens",
+        "user:1: forgave 1,500 tokens",
+        "user:2: forgave 300 tokens",
+        "3 accounts reset for 2026-11-22.",
+        "Still reserved by 1 open stream: 110 tokens. What they use will count.",
+    ]
+    assert counters("user:2") == (0, 110, 2)
+    assert audit.verify() == []
+    assert row_of(chats).state == "open"
+    do(used(chats, 70))
+    assert counters("user:2") == (70, 0, 2)
+    assert audit.verify() == []
+    assert discrepancies() == []
+
+
+def test_a_lease_that_ran_out_is_charged_after_the_reset(chats: Hold, manage: Manage, clock: Clock) -> None:
+    clock.move(31)
+    manage("chatnest_reset_budgets", "--all", "--noinput")
+    assert discrepancies() == []
+    assert row_of(chats).state == "expired"
+
+
+def test_whoever_says_anything_but_yes_changes_nothing(chats: Hold, manage: Manage, answered: Any) -> None:
+    answered("y")
+    assert manage("chatnest_reset_budgets", "--all") == Ran(1, "", "CommandError: Nothing was reset.\n")
+    assert counters("site")[0] == 1800
+
+
+def test_nobody_there_to_say_yes_changes_nothing(chats: Hold, manage: Manage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    ran = manage("chatnest_reset_budgets", "--all")
+    assert ran.code == 1
+    assert ran.err == "CommandError: Nobody is there to say yes, so nothing was reset. Use --noinput.\n"
+    assert counters("site")[0] == 1800
+
+
+def test_a_dry_run_changes_nothing_and_asks_nothing(chats: Hold, manage: Manage, answered: Any) -> None:
+    asked = answered("yes")
+    ran = manage("chatnest_reset_budgets", "--account", "user:1", "user:2", "--dry-run")
+    assert ran.code == 0
+    assert ran.lines == [
+        "user:1: would forgive 1,500 tokens",
+        "user:2: would forgive 300 tokens",
+        "Nothing was reset: without --dry-run, 2 accounts would be, for 2026-11-22.",
+    ]
+    assert (asked, counters("user:1")[0]) == ([], 1500)
+
+
+def test_it_asks_whose_budget(chats: Hold, manage: Manage) -> None:
+    ran = manage("chatnest_reset_budgets", "--noinput")
+    assert ran == Ran(
+        1,
+        "",
+        "CommandError: Whose budget? Name accounts (--account user:7), or reset every account of the day (--all).\n",
+    )
+    both = manage("chatnest_reset_budgets", "--all", "--account", "site", "--noinput")
+    assert both.code == 2
+    assert "not allowed with argument" in both.err
+
+
+def test_a_misspelt_account_resets_nobody(chats: Hold, manage: Manage) -> None:
+    ran = manage("chatnest_reset_budgets", "--account", "user:1", "user1", "7", "--noinput")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("CommandError: No such account: user1, 7. Nothing was reset.")
+    assert counters("user:1")[0] == 1500
+
+
+def test_an_account_that_used_nothing_is_no_mistake(chats: Hold, manage: Manage, database: str) -> None:
+    Account.objects.using(database).create(name="user:9")
+    ran = manage("chatnest_reset_budgets", "--account", "user:9", "--account", "user:3", "--noinput")
+    assert ran == Ran(
+        0,
+        "user:9: nothing to forgive\nuser:3: nothing to forgive\n"
+        "Nothing was reset: no tokens were used on 2026-11-22.\n",
+        "",
+    )
+    assert not Adjustment.objects.using(database).exists()
+
+
+def test_another_day_can_be_reset(chats: Hold, manage: Manage, clock: Clock) -> None:
+    clock.set("2026-11-23T12:00:00+00:00")
+    do(used(do(ask("user:1")), 40))
+    assert manage("chatnest_reset_budgets", "--account", "user:1", "--day", "2026-11-22", "--noinput").code == 0
+    assert (counters("user:1", TODAY)[0], counters("user:1")[0]) == (0, 40)
+    ran = manage("chatnest_reset_budgets", "--all", "--day", "yesterday", "--noinput")
+    assert ran.code == 2
+    assert "argument --day: 'yesterday' is not a day such as 2026-11-22" in ran.err
+
+
+def test_many_accounts_go_in_batches(
+    database: str, manage: Manage, answered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatnest_reset_budgets, "BATCH", 3)
+    for hold in ledger.apply([ask(f"user:{number}") for number in range(9)]):
+        do(used(hold, 10))  # type: ignore[arg-type]
+    batches: list[int] = []
+    decide = ledger.apply
+
+    def apply(resets: list[Reset]) -> Any:
+        batches.append(len(resets))
+        return decide(resets)
+
+    monkeypatch.setattr(ledger, "apply", apply)
+    asked = answered("yes")
+    assert manage("chatnest_reset_budgets", "--all").lines[-1] == "10 accounts reset for 2026-11-22."
+    assert asked[0].startswith("This forgives what site, user:0, user:1, user:2, user:3 and 5 more accounts used on")
+    assert batches == [3, 3, 3, 1]
+    assert audit.verify() == []
+
+
+def test_a_user_without_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getuser() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", getuser)
+    assert chatnest_reset_budgets.operator() == "unknown"
+
+
+# chatnest_prune
+
+
+def test_old_days_are_pruned_and_stay_proven(chats: Hold, manage: Manage, clock: Clock, database: str) -> None:
+    do(used(chats, 50))
+    clock.set("2026-11-24T12:00:00+00:00")
+    do(used(do(ask()), 20))
+    kept = manage("chatnest_prune", "--days", "3")
+    assert kept.out == "Deleted 0 reservations, 0 adjustments and 0 rate windows from before 2026-11-22.\n"
+    told = manage("chatnest_prune", "--days", "2", "--dry-run")
+    assert told.out == "Would delete 4 reservations, 0 adjustments and 3 rate windows from before 2026-11-23.\n"
+    assert Reservation.objects.using(database).count() == 5
+    ran = manage("chatnest_prune", "--days", "2")
+    assert ran == Ran(0, "Deleted 4 reservations, 0 adjustments and 3 rate windows from before 2026-11-23.\n", "")
+    assert Reservation.objects.using(database).count() == 1
+    assert counters("site", TODAY) == (1850, 0, 4)
+    assert manage("chatnest_verify").code == 0
+    assert manage("chatnest_prune", "--days", "2", "--verbosity", "0") == Ran(0, "", "")
+
+
+def test_a_day_that_is_not_over_is_left(chats: Hold, manage: Manage, clock: Clock, database: str) -> None:
+    clock.set("2026-11-23T00:00:05+00:00")
+    Reservation.objects.using(database).open().update(expires_at=clock.now)
+    assert manage("chatnest_prune", "--days", "1").lines == [
+        "Deleted 0 reservations, 0 adjustments and 3 rate windows from before 2026-11-23.",
+        "Left 2026-11-22 for another time: reservations of that day may still be settled.",
+    ]
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "many", "1.5", ""])
+@on_sqlite
+def test_today_is_never_pruned(database: str, manage: Manage, days: str) -> None:
+    ran = manage("chatnest_prune", f"--days={days}")
+    assert ran.code == 2
+    assert f"argument --days: {days!r} is not a whole number of 1 or more" in ran.err
+
+
+@on_sqlite
+def test_prune_must_be_told_how_much_to_keep(database: str, manage: Manage) -> None:
+    assert manage("chatnest_prune").code == 2
+    assert manage("chatnest_prune", "--days", "99999999").code == 0
+
+
+# chatnest_usage
+
+
+def test_usage_is_a_table_with_the_site_first(chats: Hold, manage: Manage) -> None:
+    ran = manage("chatnest_usage")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == (
+        "Day         Account   Used  Reserved  Prompt  Completion  Requests\n"
+        "2026-11-22  site     1,800       110      20       1,780         4\n"
+        "2026-11-22  user:1   1,500         0      10       1,490         1\n"
+        "2026-11-22  user:2     300       110      10         290         2\n"
+        "2026-11-22  user:3       0         0       0           0         1\n"
+    )
+
+
+def test_the_top_accounts_come_with_the_site(chats: Hold, manage: Manage) -> None:
+    assert [line.split()[1] for line in manage("chatnest_usage", "--top", "1").lines] == ["Account", "site", "user:1"]
+
+
+def test_several_days_the_last_one_first(chats: Hold, manage: Manage, clock: Clock) -> None:
+    clock.set("2026-11-23T12:00:00+00:00")
+    do(used(do(ask("user:2")), 40))
+    ran = manage("chatnest_usage", "--days", "2", "--top", "1")
+    assert [tuple(line.split()[:3]) for line in ran.lines[1:]] == [
+        ("2026-11-23", "site", "40"),
+        ("2026-11-23", "user:2", "40"),
+        ("2026-11-22", "site", "1,910"),  # the open stream's lease has run out meanwhile
+        ("2026-11-22", "user:1", "1,500"),
+    ]
+    ran = manage("chatnest_usage", "--day", "2026-11-22", "--account", "user:2", "site")
+    assert [line.split()[1] for line in ran.lines[1:]] == ["site", "user:2"]
+
+
+def test_usage_as_json(chats: Hold, manage: Manage) -> None:
+    rows = json.loads(manage("chatnest_usage", "--json").out)
+    assert [row["account"] for row in rows] == ["site", "user:1", "user:2", "user:3"]
+    assert rows[0] == {
+        "day": "2026-11-22",
+        "account": "site",
+        "tokens_used": 1800,
+        "tokens_reserved": 110,
+        "prompt_tokens": 20,
+        "completion_tokens": 1780,
+        "requests": 4,
+    }
+
+
+def test_usage_as_csv(chats: Hold, manage: Manage) -> None:
+    rows = list(csv.DictReader(io.StringIO(manage("chatnest_usage", "--csv").out)))
+    assert [(row["day"], row["account"], row["tokens_used"]) for row in rows] == [
+        ("2026-11-22", "site", "1800"),
+        ("2026-11-22", "user:1", "1500"),
+        ("2026-11-22", "user:2", "300"),
+        ("2026-11-22", "user:3", "0"),
+    ]
+
+
+def test_no_usage_is_said_in_each_form(database: str, manage: Manage) -> None:
+    assert manage("chatnest_usage").out == "No usage on 2026-11-22.\n"
+    assert manage("chatnest_usage", "--days", "7").out == "No usage from 2026-11-16 to 2026-11-22.\n"
+    assert manage("chatnest_usage", "--json").out == "[]\n"
+    assert manage("chatnest_usage", "--csv").out.splitlines() == [
+        "day,account,tokens_used,tokens_reserved,prompt_tokens,completion_tokens,requests"
+    ]
+    assert manage("chatnest_usage", "--json", "--csv").code == 2
+
+
+# All of them
+
+
+COMMANDS = (
+    ("chatnest_verify",),
+    ("chatnest_reset_budgets", "--all", "--noinput"),
+    ("chatnest_prune", "--days", "1"),
+    ("chatnest_usage",),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@on_sqlite
+def test_a_database_that_does_not_answer_is_a_sentence(
+    database: str, manage: Manage, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    def away(*args: Any) -> None:
+        raise OperationalError("connection refused")
+
+    monkeypatch.setattr("django.db.backends.utils.CursorWrapper.execute", away)
+    ran = manage(*command)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith(
+        "CommandError: The database 'default' refused (is it up, and migrated?): connection refused"
+    )
+
+
+@on_sqlite
+def test_an_impatient_operator_is_told_what_holds(
+    database: str, manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(**options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(audit, "verify", interrupted)
+    ran = manage("chatnest_verify", "--repair")
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err.startswith("CommandError: Interrupted. What was done so far is complete in itself")
+
+
+@on_sqlite
+def test_counters_that_refuse_lead_to_the_repair(chats: Hold, manage: Manage, clock: Clock) -> None:
+    DailyUsage.objects.update(tokens_reserved=0)
+    clock.set("2026-11-25T12:00:00+00:00")
+    ran = manage("chatnest_prune", "--days", "1")
+    assert ran.code == 1
+    assert ran.err.endswith("Run chatnest_verify --repair, then this again.\n")
+    assert manage("chatnest_verify", "--repair").code == 0
+    assert manage("chatnest_prune", "--days", "1").code == 0
+
+
+@pytest.mark.parametrize("command", [command[0] for command in COMMANDS])
+def test_each_explains_itself(manage: Manage, command: str) -> None:
+    ran = manage(command, "--help")
+    assert ran.code == 0
+    assert "usage: manage.py" in ran.out
