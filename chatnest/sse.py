@@ -24,7 +24,9 @@ class EventDecoder:
 
     def feed(self, received: bytes) -> list[bytes]:
         """The data of each event that is now complete. Raises ValueError for an event above the limit in bytes."""
-        if self._after_cr and received:
+        if not received:
+            return []
+        if self._after_cr:
             received, self._after_cr = received.removeprefix(b"\n"), False
         text = self._carry + received if self._carry else received
         if self._data or b"\r" in text:

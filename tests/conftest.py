@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -72,8 +72,8 @@ def upstream(configure: Configure) -> Iterator[FakeUpstream]:
 
 
 @contextmanager
-def served(application: Any) -> Iterator[int]:
-    """The port of an application served by uvicorn from a thread: a test's settings and clock are the server's too."""
+def served(application: Any) -> Iterator[uvicorn.Server]:
+    """An application served from a thread, so that a test's settings and clock are the server's too."""
     # Without proxy_headers=False, uvicorn takes an X-Forwarded-For from loopback for the client's address.
     config = uvicorn.Config(application, port=0, lifespan="off", log_level="warning", proxy_headers=False)
     server = uvicorn.Server(config)
@@ -81,22 +81,28 @@ def served(application: Any) -> Iterator[int]:
     thread.start()
     eventually(lambda: server.started)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield server
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
 
 
+def port_of(server: uvicorn.Server) -> int:
+    return int(server.servers[0].sockets[0].getsockname()[1])
+
+
 @pytest.fixture(scope="session")
-def server_port() -> Iterator[int]:
-    with served(application) as port:
-        yield port
+def server() -> Iterator[uvicorn.Server]:
+    with served(application) as server:
+        yield server
 
 
 @pytest.fixture
-def client(server_port: int, database: str, upstream: FakeUpstream) -> Client:
+def client(server: uvicorn.Server, database: str, upstream: FakeUpstream) -> Iterator[Client]:
     """An anonymous client of the real server, on each database, before the scripted upstream."""
-    return Client(server_port)
+    yield Client(port_of(server))
+    # A reader who left is forgotten by the test before the server has noticed: the next test is not to see it.
+    eventually(lambda: not server.server_state.tasks)
 
 
 @pytest.fixture
@@ -121,6 +127,14 @@ def edit_profile(database: str) -> EditProfile:
         return row
 
     return edit_profile
+
+
+def stalled(upstream: FakeUpstream, seconds: float) -> int:
+    """How many pieces the upstream has sent once no more go out for this long: every buffer on the way is full."""
+    with suppress(TimeoutError):
+        while True:
+            upstream.wait_for_pieces(upstream.pieces_sent + 1, timeout=seconds)
+    return upstream.pieces_sent
 
 
 def eventually(condition: Callable[[], object], seconds: float = 10) -> None:

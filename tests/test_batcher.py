@@ -253,19 +253,17 @@ def test_who_leaves_while_its_turn_is_decided_is_taken_back(database: str, settl
 
 def test_who_leaves_with_the_answer_on_its_way_is_taken_back(database: str, settled: Settled) -> None:
     """The answer is in the future, and the task is cancelled before it wakes up to read it."""
-    posted = threading.Event()
+    posted = threading.Semaphore(0)
 
     class Loop(asyncio.SelectorEventLoop):
         def call_soon_threadsafe(self, *args: Any, **context: Any) -> Any:
             handle = super().call_soon_threadsafe(*args, **context)
-            posted.set()
+            posted.release()
             return handle
 
     async def story() -> None:
-        await batcher.query(lambda: None)
         (leaving,) = await waiting(batcher.reserve(ask()))
-        posted.clear()
-        assert posted.wait(10)  # the loop stands still, so that what is posted runs just before what follows
+        assert posted.acquire(timeout=10)  # the loop stands still: what is posted runs just before what follows
         asyncio.get_running_loop().call_soon(leaving.cancel)
         with pytest.raises(asyncio.CancelledError):
             await leaving
@@ -450,7 +448,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 after = asyncio.run(chat("user:parent"))
 assert after == before, "the child took its parent's connection with it"
 for n in range(10):
-    batcher.settle(used(ledger.apply([ask("user:late")])[0], 10))
+    batcher.settle(used(ledger.apply([ask("user:late", limit=9999)])[0], 10))
 """
 
 

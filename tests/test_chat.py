@@ -15,7 +15,7 @@ from chatnest.models import DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import HELLO, Answer, Client
-from .conftest import Configure, EditProfile, Settled, on_sqlite, served
+from .conftest import Configure, EditProfile, Settled, on_sqlite, port_of, served
 
 PAYER = "ip:127.0.0.1"
 # "Hello!" is two tokens; a message and its role are five at most, a reply three.
@@ -137,14 +137,13 @@ def test_a_site_that_compresses_its_pages_still_streams(upstream: FakeUpstream, 
     """Django's middleware would hold frames back, or make a stream that many clients cannot read."""
     settings.MIDDLEWARE = ["django.middleware.gzip.GZipMiddleware", *settings.MIDDLEWARE]
     upstream.replies(Reply("one" * 100, "two", gate_after=1))
-    with served(get_asgi_application()) as port:
-        with Client(port).stream(accept_encoding="gzip") as stream:
+    with served(get_asgi_application()) as server:
+        with Client(port_of(server)).stream(accept_encoding="gzip") as stream:
             assert stream.until("token") == ("token", '"' + "one" * 100 + '"')
             upstream.release()
             assert dict(stream.rest())["done"] == ""
-        page = Client(port, accept_encoding="gzip")
-        connection = page.request("HEAD", "/")
-        assert (connection.status, connection.headers["vary"]) == (200, "Cookie, Accept-Encoding")
+        page = Client(port_of(server), accept_encoding="gzip").request("HEAD", "/")
+        assert (page.status, page.headers["vary"]) == (200, "Cookie, Accept-Encoding")
 
 
 @on_sqlite

@@ -14,7 +14,7 @@ from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import Client, Frame
-from .conftest import Configure, Settled, eventually, on_sqlite
+from .conftest import Configure, Settled, eventually, on_sqlite, stalled
 
 pytestmark = on_sqlite
 
@@ -181,16 +181,12 @@ def test_a_reader_who_is_slow_is_not_the_models_fault(
     upstream.replies(Reply.endless("x" * 50_000))
     with client.stream() as stream:
         stream.until("token")
-        stalled = -1
-        while stalled != upstream.pieces_sent:  # until every buffer on the way is full, for longer than the gap
-            stalled = upstream.pieces_sent
-            time.sleep(0.5)
-        assert stalled * 50_000 < 30_000_000  # nothing on the way holds more
-        for _ in range(stalled + 20):
+        sent = stalled(upstream, seconds=0.6)  # for longer than the gap
+        assert sent * 50_000 < 30_000_000  # nothing on the way holds more
+        for _ in range(sent + 20):
             assert stream.next()[0] in ("token", "ping")
     upstream.wait_for_disconnect()
-    only_row = settled()[0]
-    assert only_row.outcome == "cancelled"
+    assert [row.outcome for row in settled()] == ["cancelled"]
 
 
 # Retries.

@@ -33,7 +33,7 @@ from chatnest.views import chat
 from project.asgi import application
 
 from .client import HELLO, Client
-from .conftest import Configure, EditProfile, Settled, on_sqlite
+from .conftest import Configure, EditProfile, Settled, on_sqlite, stalled
 
 HELLO_BOUND = 10
 PROMPTLY = 0.1
@@ -134,10 +134,7 @@ def test_a_reader_who_took_nothing_for_long_may_leave_too(
     upstream.replies(Reply.endless("x" * 50_000))
     with client.stream() as stream:
         stream.until("token")
-        sent = -1
-        while sent != upstream.pieces_sent:
-            sent = upstream.pieces_sent
-            time.sleep(0.2)
+        stalled(upstream, seconds=0.3)
         left = time.monotonic()
     assert upstream.wait_for_disconnect() - left < 5 * PROMPTLY
     (row,) = settled()
@@ -450,7 +447,7 @@ def test_the_reader_leaves_while_the_ledger_is_busy(
             with connections[database].cursor() as cursor:
                 cursor.execute("LOCK TABLE chatnest_dailyusage IN ACCESS EXCLUSIVE MODE")
         asyncio.run(story())
-    batcher.close()  # whatever waited for the lock has been written
+    asyncio.run(batcher.query(lambda: None))  # its turn comes after whatever waited for the lock
     for row in settled():
         assert (row.outcome, row.tokens_charged) == ("cancelled", 0)
     nothing_is_held(database)

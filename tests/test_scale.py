@@ -26,7 +26,6 @@ from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks import processes
 from .benchmarks.crowd import Crowd
-from .benchmarks.processes import Serving
 from .client import HELLO, Client, RawStream
 from .conftest import eventually, on_postgres
 
@@ -149,7 +148,7 @@ class Soak:
 
     def work(self, random: Random, end: float) -> None:
         while time.monotonic() < end:
-            visitor = random.choice([0, *range(1, 10)]) and random.randrange(1, 60_000)  # one of ten is the same
+            visitor = 0 if random.random() < 0.1 else random.randrange(1, 60_000)
             headers = {"x_forwarded_for": f"10.0.{visitor // 250}.{visitor % 250}"}
             kind = random.choice([self.read, self.leave, self.leave_at_once, self.fail, self.blunder])
             with suppress(OSError, HTTPException, EOFError):  # an answer may be cut

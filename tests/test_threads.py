@@ -18,7 +18,7 @@ from django.test import Client as DjangoClient
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import Client
-from .conftest import Settled, eventually, on_postgres, served
+from .conftest import Settled, eventually, on_postgres, port_of, served
 
 pytestmark = on_postgres
 
@@ -53,8 +53,8 @@ def plain_port(settings: Any) -> Iterator[int]:
     settings.MIDDLEWARE = PLAIN_MIDDLEWARE
     signals.request_finished.connect(close_old_connections)
     try:
-        with served(get_asgi_application()) as port:
-            yield port
+        with served(get_asgi_application()) as server:
+            yield port_of(server)
     finally:
         signals.request_finished.disconnect(close_old_connections)
 

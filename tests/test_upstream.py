@@ -564,6 +564,7 @@ LINES = [
 @example(parts=[(b"data: x", b"\r"), (b"", b"\n")], tail=b"", cuts=[8])
 @example(parts=[(b"data: x", b"\r\n"), (b"", b"\r\n"), (b"data: x", b"\n"), (b"", b"\n")], tail=b"", cuts=[8, 9, 10])
 @example(parts=[(b"data: x", b"\r\n"), (b"", b"\r"), (b"", b"\r")], tail=b"data", cuts=[8, 9, 10])
+@example(parts=[(b"data: x", b"\n"), (b"data", b"\r\n")], tail=b"data: y", cuts=[13, 13])
 def test_events_are_the_same_wherever_the_stream_is_cut(
     parts: list[tuple[bytes, bytes]], tail: bytes, cuts: list[int]
 ) -> None:

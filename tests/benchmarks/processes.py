@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -20,7 +19,7 @@ from urllib.parse import quote
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from .machine import ROOT
 
 
 def free_port() -> int:
@@ -85,7 +84,8 @@ def serving(
             _wait_for(port, process, log)
             yield Serving(port, process, log)
         finally:
-            process.send_signal(signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
             try:
                 process.wait(5)
             except psutil.TimeoutExpired:  # streams are open
