@@ -206,8 +206,11 @@ class Worker:
             if going_on := None not in jobs:
                 self._renew_if_due()
             self._work([job for job in jobs if job])
+        while not self._queue.empty():  # what the last answers gave back
+            self._work([job for job in self._gather() if job])
         if self._kept:
             self._work([])
+        if self._kept:
             logger.error("Ending with %d settlements unwritten: their leases charge the full hold", len(self._kept))
         connections.close_all()
 
@@ -220,13 +223,14 @@ class Worker:
                 jobs.append(self._queue.get_nowait())
         return jobs
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """Seconds until there is something to do that nobody asks for."""
         if self._kept:
             return max(0.0, self._retry_at - time.monotonic())
         if self._batcher._live:
             return max(0.0, self._renew_at - time.monotonic())
-        return IDLE_SECONDS if connections[self._alias].connection else None
+        # Streams may begin to be watched at any time, and nothing tells this thread.
+        return min(IDLE_SECONDS, settings.LEASE_SECONDS / 3)
 
     def _work(self, jobs: list[Job]) -> None:
         if not jobs and not self._kept and not self._batcher._live:

@@ -11,7 +11,7 @@ from django.db import DatabaseError, connections
 
 from . import tokens
 from .bulk import VENDORS
-from .conf import NAMES, complaint, settings
+from .conf import NAMES, complaint, payer_callable, settings
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
 
@@ -35,7 +35,22 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         for name, value in typed.items()
         if name in NAMES and (problem := complaint(name, value))
     ]
-    return [*unknown, *wrong] or [*_check_caps(), *_check_protection()]
+    return [*unknown, *wrong] or [*_check_payer(), *_check_caps(), *_check_protection()]
+
+
+def _settings_are_wrong() -> bool:
+    """Then they cannot be read, and the other checks have nothing to say."""
+    return any(message.is_serious() for message in check_settings())
+
+
+def _check_payer() -> list[CheckMessage]:
+    problem = f"CHATNEST['PAYER'] is {settings.PAYER!r}, which is no callable that can be imported"
+    try:
+        if settings.PAYER is None or callable(payer_callable()):
+            return []
+    except ImportError as error:
+        problem += f": {error}"
+    return [Error(problem, id="chatnest.E008")]
 
 
 def _check_caps() -> list[CheckMessage]:
@@ -87,6 +102,8 @@ def _check_protection() -> list[CheckMessage]:
 
 @register()
 def check_database(**kwargs: Any) -> list[CheckMessage]:
+    if _settings_are_wrong():
+        return []
     alias = settings.DATABASE_ALIAS
     if alias not in connections:
         return [Error(f"CHATNEST['DATABASE_ALIAS'] is {alias!r}, which is not in DATABASES.", id="chatnest.E006")]
@@ -105,6 +122,8 @@ def check_database(**kwargs: Any) -> list[CheckMessage]:
 @register(Tags.database)
 def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
     """Profiles that could never answer. Runs where databases may be read: ``check --database`` and ``migrate``."""
+    if _settings_are_wrong():
+        return []
     alias = settings.DATABASE_ALIAS
     if alias not in (databases or ()):
         return []

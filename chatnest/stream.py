@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable
 from enum import Enum
 from typing import Final, Literal, Self
+from weakref import ref
 
 from .batcher import batcher
 from .conf import settings
@@ -117,6 +118,7 @@ class ChatStream:
         try:
             opening, opened = self._begin(), False
             while True:
+                self._task = asyncio.current_task()
                 self._waiting = True
                 try:
                     if not opened:
@@ -147,9 +149,8 @@ class ChatStream:
     def _begin(self) -> asyncio.Task[None]:
         """Call the upstream. A task of its own, for a connection that is being made cannot be interrupted."""
         batcher.watch(self)
-        self._task = asyncio.current_task()
         self._started = self._sent = self._heard = self._loop.time()
-        self._timer = self._loop.call_at(self._next_tick(), self._tick)
+        self._timer = self._loop.call_at(self._next_tick(), _tick, ref(self))
         self._opening = self._loop.create_task(self._call.open(settings.FIRST_TOKEN_SECONDS))
         return self._opening
 
@@ -178,7 +179,7 @@ class ChatStream:
         if alarm and self._task:
             self._alarm = alarm
             self._task.cancel()
-        self._timer = self._loop.call_at(self._next_tick(), self._tick)
+        self._timer = self._loop.call_at(self._next_tick(), _tick, ref(self))
 
     def _due(self, now: float) -> ChatError | Literal[Signal.PING] | None:
         if self._stopped:
@@ -198,12 +199,14 @@ class ChatStream:
 
     def _next_tick(self) -> float:
         # At least a little later: what is due now was dealt with, or waits until the client reads on.
+        now = self._loop.time()
         due = (
+            now + settings.GAP_SECONDS,  # the first piece begins a gap, and re-arms nothing
             self._sent + settings.HEARTBEAT_SECONDS,
             self._started + settings.MAX_STREAM_SECONDS,
             self._patience_ends(),
         )
-        return max(self._loop.time() + 0.01, min(due))
+        return max(now + 0.01, min(due))
 
     # Ending: whatever happens, one settlement.
 
@@ -247,11 +250,14 @@ class ChatStream:
     async def _drain(self) -> None:
         """Read the answer to its end, unseen, for a provider that bills all of it anyway."""
         assert self._opening
+        deadline = self._started + settings.MAX_STREAM_SECONDS
         try:
-            async with asyncio.timeout_at(self._started + settings.MAX_STREAM_SECONDS):
+            async with asyncio.timeout_at(deadline):
                 await self._opening
-                while await asyncio.wait_for(self._call.read(), settings.GAP_SECONDS) is not None:
-                    pass
+            while (now := self._loop.time()) < deadline:
+                async with asyncio.timeout_at(min(deadline, now + settings.GAP_SECONDS)):
+                    if await self._call.read() is None:
+                        break
         except (ChatError, TimeoutError):
             pass
         finally:
@@ -273,19 +279,14 @@ class ChatStream:
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
         call, hold = self._call, self.hold
-        if usage := call.usage:
-            source, prompt, completion, total = (
-                UsageSource.REPORTED,
-                usage.prompt_tokens,
-                usage.completion_tokens,
-                usage.total_tokens,
-            )
-        elif call.billed:
-            source, prompt = UsageSource.COUNTED, hold.prompt_tokens
-            completion = answer_count(call.pieces, hold.model, hold.output_tokens)
-            total = prompt + completion
-        else:
-            source, prompt, completion, total = UsageSource.NONE, 0, 0, 0
+        prompt = completion = 0
+        if call.billed:
+            prompt, completion = hold.prompt_tokens, answer_count(call.pieces, hold.model, hold.output_tokens)
+        source, total = UsageSource.COUNTED if call.billed else UsageSource.NONE, prompt + completion
+        # What is reported before the end need not be the whole.
+        if (usage := call.usage) and (call.ended or usage.total_tokens >= total):
+            source, total = UsageSource.REPORTED, usage.total_tokens
+            prompt, completion = usage.prompt_tokens, usage.completion_tokens
         return Settle(
             hold=hold,
             outcome=outcome,
@@ -294,6 +295,12 @@ class ChatStream:
             completion_tokens=completion,
             total_tokens=total,
         )
+
+
+def _tick(stream: ref[ChatStream]) -> None:
+    """A timer that held its stream would keep a forgotten one, and its lease, alive."""
+    if alive := stream():
+        alive._tick()
 
 
 _draining: Final[set[asyncio.Task[None]]] = set()

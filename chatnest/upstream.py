@@ -94,12 +94,12 @@ class Call:
     __slots__ = (
         "_body",
         "_carry",
-        "_ended",
         "_events",
         "_failure",
         "_finished",
         "_response",
         "billed",
+        "ended",
         "pieces",
         "usage",
     )
@@ -109,7 +109,7 @@ class Call:
         self._events = EventDecoder(limit=MAX_EVENT_BYTES)
         self._response: aiohttp.ClientResponse | None = None
         self._finished = False  # the model gave its reason to stop
-        self._ended = False
+        self.ended = False  # [DONE], or its like
         self._failure: UpstreamError | None = None
         self._carry = ""  # half of a surrogate pair, whose other half the next piece brings
         self.billed = False
@@ -166,7 +166,7 @@ class Call:
         assert self._response
         if self._failure:
             raise self._failure
-        if self._ended:
+        if self.ended:
             return None
         try:
             received = await self._response.content.readany()
@@ -188,7 +188,7 @@ class Call:
         """The end of the connection: the end of the answer too if the model had said that it was done."""
         if not self._finished:
             raise _logged(UpstreamBroken(), words, *args)
-        self._ended = True
+        self.ended = True
 
     def _take(self, received: bytes, pieces: list[str]) -> None:
         for data in self._events.feed(received):
@@ -197,7 +197,7 @@ class Call:
                 chunk = _decode(data)
             except msgspec.DecodeError:
                 if data.strip() == b"[DONE]":
-                    self._ended = True
+                    self.ended = True
                     break
                 chunk, lenient = _decode_leniently(data), True
             if chunk.error is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from django.core.exceptions import RequestDataTooBig
 from django.core.handlers.asgi import ASGIRequest
-from django.db import transaction
+from django.db import InterfaceError, OperationalError, transaction
 from django.http import HttpRequest, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.views.decorators.csrf import csrf_exempt
@@ -23,6 +23,7 @@ from .errors import (
     BodyTooLarge,
     ChatError,
     InternalError,
+    LedgerUnavailable,
     MethodNotAllowed,
     RequestTooLarge,
     UnsupportedMediaType,
@@ -71,6 +72,9 @@ def endpoint(*methods: str) -> Callable[[View], View]:
                 if isinstance(problem, MethodNotAllowed):
                     response["Allow"] = ", ".join(methods)
                 return response
+            except (OperationalError, InterfaceError) as error:
+                logger.warning("The database does not say who is asking: %s", error)
+                return chatnest.refusal(LedgerUnavailable(retry_after=5))
             except Exception:
                 logger.exception("A chat request failed")
                 return chatnest.refusal(InternalError())

@@ -784,7 +784,7 @@ def test_a_counter_that_somebody_broke_stops_nobody_else(
     DailyUsage.objects.using(database).update(tokens_reserved=0)
     clock.move(31)
     assert do(ask("user:2")).output_tokens == 100
-    assert "overdue leases cannot be charged" in caplog.text
+    assert "cannot be charged: run manage.py chatnest_verify --repair" in caplog.text
     assert row_of(hold).state == "open"
     assert verify(repair=True) != []
     ledger.apply([])

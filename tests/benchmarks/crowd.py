@@ -16,6 +16,7 @@ import uvloop
 T = TypeVar("T")
 
 BODY = json.dumps({"messages": [{"id": "1", "role": "user", "content": "Tell me about streaming."}]}).encode()
+PATIENCE_SECONDS = 300
 MARK = re.compile(rb"~(\d+)~")
 
 
@@ -157,4 +158,4 @@ class Crowd:
         return chat
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_SECONDS)

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -38,6 +39,7 @@ from .processes import Serving, free_port, serving
 
 PEERS = Path(__file__).parent / "peers"
 CROWDS = (1, 10, 50, 200)
+STEADY_SECONDS = 6
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 SERVER_CORE = CORES[0] if len(CORES) > 1 else None
 OTHER_CORE = CORES[1] if len(CORES) > 1 else None
@@ -117,9 +119,23 @@ def idle(start: Start) -> Figures:
         Crowd(server.port) as crowd,
     ):
         crowd.open(50)
+        crowd.leave()  # the openai package's pool has room for a thousand; one more would wait for ever
         memory, threads = server.memory, server.threads
         crowd.open(count)
         return {"memory": (server.memory - memory) / count, "threads": (server.threads - threads) / count}
+
+
+def steady(start: Start, streams: int, interval: float) -> Figures:
+    """What tokens cost once all streams are open."""
+    with (
+        processes.upstream(10**6, interval, OTHER_CORE) as upstream,
+        start(upstream) as server,
+        Crowd(server.port) as crowd,
+    ):
+        crowd.open(streams)
+        tokens, cpu = crowd.tokens, server.cpu
+        time.sleep(STEADY_SECONDS)
+        return {"token": (server.cpu - cpu) * 1e6 / (crowd.tokens - tokens)}
 
 
 def first(start: Start) -> Figures:
@@ -143,8 +159,8 @@ SCENARIOS: dict[str, Callable[[Start], Figures]] = {
     "burst": partial(streams, tokens=300, interval=0, streams=32, rounds=20, warm_up=10),
     "request": partial(streams, tokens=1, interval=0, streams=32, rounds=60, warm_up=20),
     "idle": idle,
-    "few": partial(streams, tokens=100, interval=0.05, streams=100),
-    "many": partial(streams, tokens=12, interval=0.5, streams=1000),
+    "few": partial(steady, streams=100, interval=0.05),
+    "many": partial(steady, streams=1000, interval=0.5),
     "first": first,
 }
 
