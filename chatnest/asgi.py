@@ -12,6 +12,7 @@ from typing import Any
 from asgiref.sync import ThreadSensitiveContext
 from django.core import signals
 from django.db import close_old_connections, reset_queries
+from django.urls import get_resolver
 
 from .threads import BorrowedThread
 from .tokens import warm_up
@@ -25,9 +26,8 @@ def for_streaming(application: ASGI) -> ASGI:
     Django's own receivers that look after connections are disconnected, since a borrowed thread's are looked
     after when it goes back: for them, every request would go to a thread twice more.
     """
-    from . import views  # noqa: F401 - not before Django is set up, and not as late as the first request
-
     warm_up()
+    assert get_resolver().url_patterns  # the site's views, which would be imported by the first request
     # The collector need not look through every module again and again: a seventh of a request's CPU.
     gc.collect()
     gc.freeze()

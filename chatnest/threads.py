@@ -16,7 +16,7 @@ from django.db import close_old_connections, connections, reset_queries
 
 T = TypeVar("T")
 
-IDLE_THREADS: Final = 64
+IDLE_THREADS: Final = 4
 ENDS: Final = ThreadPoolExecutor(1, "chatnest-ends")
 
 
