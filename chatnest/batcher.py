@@ -208,7 +208,9 @@ class Worker:
             self._work([job for job in jobs if job])
         while not self._queue.empty():  # what the last answers gave back
             self._work([job for job in self._gather() if job])
-        if self._kept:
+        waiting = -1
+        while self._kept and len(self._kept) != waiting:  # for as long as the database takes any
+            waiting = len(self._kept)
             self._work([])
         if self._kept:
             logger.error("Ending with %d settlements unwritten: their leases charge the full hold", len(self._kept))

@@ -1,6 +1,6 @@
 """Reservations a second: group commit beside one transaction each. Prints Markdown tables for the README.
 
-    python -m tests.benchmarks.ledger [--rounds 3] [--seconds 2] [--rows 1000000]
+    python -m tests.benchmarks.ledger [PostgreSQL] [SQLite] [--rounds 3] [--seconds 2] [--rows 1000000]
 
 PostgreSQL is one from a wheel, as its makers configure it (but for the number of connections). Every figure is
 the median of some rounds, each on a fresh copy of its database; what is compared takes turns.
@@ -25,7 +25,7 @@ from typing import Any
 
 import psycopg
 
-from .machine import ROOT, described
+from .machine import ROOT, described, end_tidily
 
 FEW = 1000
 WAITING = (1, 8, 64, 256)
@@ -124,6 +124,9 @@ class SQLite:
         shutil.rmtree(folder)
 
 
+DATABASES: dict[str, Any] = {"PostgreSQL": PostgreSQL, "SQLite": SQLite}
+
+
 @dataclass(frozen=True)
 class Case:
     """``processes`` of them, each with as many ``waiting``, on a database of so many ``rows``."""
@@ -174,14 +177,16 @@ def measured(cases: list[Case], databases: dict[str, Any], rounds: int, seconds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("databases", nargs="*", default=list(DATABASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000)
     args = parser.parse_args()
+    end_tidily()
     with tempfile.TemporaryDirectory(prefix="chatnest-ledger-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o755)  # PostgreSQL runs as a user of its own where this runs as root
-        databases = {"PostgreSQL": PostgreSQL(folder), "SQLite": SQLite(folder)}
+        databases = {name: DATABASES[name](folder) for name in args.databases}
         for database in databases.values():
             database.fill(FEW)
             database.fill(args.rows)

