@@ -337,7 +337,7 @@ def _undo(ask: Reserve) -> Settle:
     """Gives back a hold that may or may not have been committed."""
     hold = Hold(
         id=ask.id,
-        day=ledger.today(),
+        day=ask.day,
         budgets=ask.budgets,
         model=ask.model,
         prompt_tokens=ask.prompt_tokens,

@@ -1,4 +1,7 @@
-"""Every point at which the batcher's connection can fail: before and after each statement and each COMMIT."""
+"""Every point at which the batcher's connection can fail: before and after each statement and each COMMIT.
+
+``Faults.at`` counts points as the connection passes them, and does something at the nth.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from django.db import OperationalError, connections
 
 
 class Faults:
-    """Counts the points that are passed, and does something at one of them. Installed in the batcher's thread."""
+    """Installed in the batcher's thread, and told there what to do: ``batcher.query(faults.install)``."""
 
     def __init__(self, alias: str) -> None:
         self.alias = alias
-        self.passed = 0
-        self._point = 0
+        self.happened = False
+        self._passed = self._point = 0
         self._act: Callable[[], object] = lambda: None
         self._down = False
 
@@ -24,14 +27,15 @@ class Faults:
         self._commit, connection._commit = connection._commit, self._committing
         self._connect, connection.connect = connection.connect, self._connecting
 
-    def uninstall(self) -> None:
-        connection: Any = connections[self.alias]
-        connection.execute_wrappers.remove(self._execute)
-        del connection._commit, connection.connect
+    def at(self, point: int, act: Callable[[], object]) -> None:
+        """Do this at that point, counted from 1 and from now."""
+        self._passed, self._point, self._act = 0, point, act
+        self.happened = False
 
-    def at(self, point: int, act: Callable[[], object] = lambda: None) -> None:
-        """From now on, do this at that point, counted from 1."""
-        self.passed, self._point, self._act = 0, point, act
+    def off(self) -> None:
+        """Nothing happens any more, and the database is up."""
+        self._point = 0
+        self._down = False
 
     def lose(self) -> None:
         """The connection is gone. Whoever connects anew finds the database as it is."""
@@ -40,22 +44,25 @@ class Faults:
         raise OperationalError("the connection is lost, or the disk")
 
     def go_down(self) -> None:
-        """The connection is gone, and so is the database, until it comes up."""
+        """The connection is gone, and so is the database, until this is ``off``."""
         self._down = True
         self.lose()
 
-    def come_up(self) -> None:
-        self._down = False
+    @property
+    def is_down(self) -> bool:
+        return self._down
 
     def _pass(self) -> None:
-        self.passed += 1
-        if self.passed == self._point:
+        self._passed += 1
+        if self._passed == self._point:
+            self.happened = True
             self._act()
 
     def _execute(self, execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
         self._pass()
         result = execute(sql, params, many, context)
-        self._pass()
+        if not sql.startswith("BEGIN"):  # SQLite's: one that fails has not begun
+            self._pass()
         return result
 
     def _committing(self) -> None:
