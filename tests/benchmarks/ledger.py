@@ -119,8 +119,10 @@ class SQLite:
     @contextmanager
     def copy(self, rows: int) -> Iterator[str]:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        shutil.copy(self.folder / f"rows_{rows}.sqlite3", folder / "copy.sqlite3")
-        yield f"sqlite:///{folder / 'copy.sqlite3'}"
+        copy = shutil.copy(self.folder / f"rows_{rows}.sqlite3", folder / "copy.sqlite3")
+        with copy.open("rb+") as file:
+            os.fsync(file.fileno())  # or the first transactions would wait for the copy to be on the disk
+        yield f"sqlite:///{copy}"
         shutil.rmtree(folder)
 
 
