@@ -41,6 +41,7 @@ MAX_WAITING: Final = 10_000
 ANSWER_SECONDS: Final = 5.0  # a request waits this long for the database, then it is refused
 PATIENCE_SECONDS: Final = 2.0  # an answer's end waits this long to say what is left of the day
 RETRY_SECONDS: Final = 0.5
+LOOK_SECONDS: Final = 1.0  # between two looks for overdue leases
 IDLE_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 10.0
 
@@ -197,6 +198,8 @@ class Worker:
         self._kept: deque[Job] = deque()  # settlements that the database has not taken yet
         self._retry_at = 0.0
         self._renew_at = time.monotonic() + settings.LEASE_SECONDS / 3
+        self._look_at = 0.0
+        self._stirred = False  # something was written since the last look
 
     def run(self) -> None:
         _be_impatient(self._alias)
@@ -206,6 +209,7 @@ class Worker:
             if going_on := None not in jobs:
                 self._renew_if_due()
             self._work([job for job in jobs if job])
+            self._look_if_due()
         while not self._queue.empty():  # what the last answers gave back
             self._work([job for job in self._gather() if job])
         waiting = -1
@@ -227,15 +231,15 @@ class Worker:
 
     def _patience(self) -> float:
         """Seconds until there is something to do that nobody asks for."""
-        if self._kept:
-            return max(0.0, self._retry_at - time.monotonic())
-        if self._batcher._live:
-            return max(0.0, self._renew_at - time.monotonic())
         # Streams may begin to be watched at any time, and nothing tells this thread.
-        return min(IDLE_SECONDS, settings.LEASE_SECONDS / 3)
+        due = [time.monotonic() + min(IDLE_SECONDS, settings.LEASE_SECONDS / 3)]
+        due += [self._retry_at] * bool(self._kept)
+        due += [self._renew_at] * bool(self._batcher._live)
+        due += [self._look_at] * self._stirred
+        return max(0.0, min(due) - time.monotonic())
 
     def _work(self, jobs: list[Job]) -> None:
-        if not jobs and not self._kept and not self._batcher._live:
+        if not (jobs or self._kept or self._batcher._live or self._stirred):
             connections[self._alias].close()  # idle: somebody else may have the place
         jobs = [job for job in jobs if not job.forsaken]
         for job in jobs:
@@ -267,6 +271,7 @@ class Worker:
                 for job in jobs:
                     self._commit([job])
         else:
+            self._stirred = True
             self._send(list(zip(jobs, answers, strict=True)))
 
     def _with_fresh_connection(self, work: Any) -> Any:
@@ -291,6 +296,18 @@ class Worker:
                 self._kept.append(job)
         self._send([(job, LedgerUnavailable(retry_after=5)) for job in jobs if isinstance(job.work, Reserve)])
 
+    def _look_if_due(self) -> None:
+        """Charge the overdue leases of processes that died. Nobody waits for it, so not in every transaction."""
+        if not self._stirred or time.monotonic() < self._look_at:
+            return
+        self._stirred = False
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        try:
+            self._with_fresh_connection(ledger.expire_overdue)
+        except Exception as error:
+            logger.warning("Overdue leases cannot be charged now: %s", error)
+            connections[self._alias].close()
+
     def _renew_if_due(self) -> None:
         if time.monotonic() < self._renew_at:
             return
@@ -305,6 +322,7 @@ class Worker:
             connections[self._alias].close()
             self._renew_at = time.monotonic() + RETRY_SECONDS
             return
+        self._stirred = True
         for stream in streams:
             if stream.hold.id in stopped or not paused.isdisjoint(stream.hold.budgets):
                 stream.stop()

@@ -26,7 +26,6 @@ from .models import Adjustment, DailyUsage, RateWindow, Reservation
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
 Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
-MOST_OVERDUE: Final = 500
 LATE: Final = "settled late"  # how the reason of such an adjustment begins
 State, UsageSource = Reservation.State, Reservation.UsageSource
 
@@ -76,11 +75,7 @@ def today(now: datetime | None = None) -> date:
 
 
 class Book:
-    """Opened inside a transaction with what will be touched; ``write`` before the commit.
-
-    ``overdue`` are the open reservations whose lease has run out. They are not locked, and nothing here waits
-    for them: charged in full, they commit what they hold.
-    """
+    """Opened inside a transaction with what will be touched; ``write`` before the commit."""
 
     def __init__(
         self,
@@ -95,7 +90,6 @@ class Book:
         self.reservations: dict[UUID, Held] = {}
         self._rates = {rate: [0, 0] for rate in rates}
         self._streams: dict[str, int] = {}
-        self.overdue: list[UUID] = []
         self._inserted: dict[UUID, dict[str, Any]] = {}
         self._changed: dict[UUID, Held] = {}
         self._posted: set[Key] = set()
@@ -114,7 +108,6 @@ class Book:
             *self._find(ids),
             *self._count_rates(),
             *self._count_streams(),
-            *self._look_for_overdue(),
         ]
         for (_, take), rows_read in zip(reads, run(self._alias, [one for one, _ in reads]), strict=True):
             take(rows_read)
@@ -174,16 +167,6 @@ class Book:
                 'WHERE "state" = \'open\' AND "expires_at" > %s AND "payer" IN %s GROUP BY "payer"'
             )
             yield statement(sql, self._time(self.now), payers), take
-
-    def _look_for_overdue(self) -> Iterator[Read]:
-        def take(rows: Rows) -> None:
-            self.overdue = [UUID(str(id)) for (id,) in rows]
-
-        sql = (
-            f'SELECT "id" FROM {table(Reservation)} '  # noqa: S608
-            f'WHERE "state" = \'open\' AND "expires_at" <= %s LIMIT {MOST_OVERDUE}'
-        )
-        yield statement(sql, self._time(self.now)), take
 
     @property
     def _connection(self) -> BaseDatabaseWrapper:

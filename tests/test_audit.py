@@ -45,7 +45,7 @@ def open_hold(database: str, clock: Clock) -> Hold:
     do(used(do(ask(budgets={"user:2": 1000, "team:7": 1000, "site": 9000})), 90))
     do(Stop(id=stopped.id, day=stopped.day, accounts=list(stopped.budgets)))
     clock.move(31)
-    apply([])  # the leases of the last two are over
+    ledger.expire_overdue()  # the leases of the last two are over
     do(used(late, 33))
     do(Reset(day=TODAY, account="user:2", reason="said sorry", actor="alice"))
     hold: Hold = do(ask("user:2"))
@@ -258,7 +258,7 @@ def traffic(database: str, threads: int = 3) -> Iterator[None]:
             first, *others = apply(ask(f"user:{name}-{n}", limit=10**9, site=10**9) for n in range(5))
             apply(used(hold, 20) for hold in others)
             Reservation.objects.using(database).filter(id=first.id).update(expires_at=F("created_at"))
-            apply([])
+            ledger.expire_overdue()
             apply([used(first, 20), Reset(day=first.day, account=f"user:{name}-1", reason="sorry")])
 
     started = [beside(partial(chats, str(number)), failures) for number in range(threads)]
@@ -513,7 +513,7 @@ def test_two_prunes_and_late_settlements_at_once(
     monkeypatch.setattr(audit, "BATCH", 7)
     holds = apply(ask(f"user:{number % 10}", limit=10**6, site=10**6) for number in range(100))
     clock.set(LATER)
-    apply([])
+    ledger.expire_overdue()
     together = threading.Barrier(3)
     failures: list[BaseException] = []
 

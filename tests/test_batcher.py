@@ -10,12 +10,13 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 from django.db import connections
+from django.utils import timezone
 
 from chatnest import ledger
 from chatnest.audit import verify
@@ -126,7 +127,7 @@ def test_a_statement_for_a_hundred_costs_no_more_than_for_one(database: str) -> 
             settling = await waiting(*(batcher.settled(used(hold, 50)) for hold in holds))
         assert await asyncio.gather(*settling) == [950] * callers
         await batcher.query(lambda: connections[database].execute_wrappers.remove(spy))
-        return len(spy.statements)
+        return sum('ORDER BY "chatnest_reservation"."expires_at"' not in sql for sql in spy.statements)
 
     async def story() -> tuple[int, int]:
         return await statements_of(1), await statements_of(100)
@@ -212,7 +213,7 @@ def test_a_poisoned_settlement_fails_alone_and_its_lease_charges_the_hold(
     assert "user:1" in caplog.text
 
     def expired() -> bool:
-        ledger.apply([])
+        ledger.expire_overdue()
         return counters("user:1") == (110, 0, 1)
 
     eventually(expired)
@@ -527,13 +528,60 @@ def test_all_live_streams_are_renewed_by_one_statement(database: str, configure:
     eventually(lambda: renewals() >= 3)
     assert all(after > before for before, after in zip(first, leases(database), strict=True))
     assert len(set(leases(database))) == 1, "one statement, one time"
-    ledger.apply([])
+    ledger.expire_overdue()
     assert Reservation.objects.using(database).open().count() == 10
     for stream in streams:
         batcher.unwatch(stream)
         batcher.settle(used(stream.hold, 50))
     eventually(lambda: counters("site") == (500, 0, 10))
     assert not any(stream.stopped.is_set() for stream in streams)
+
+
+async def renewing(hold: Hold) -> Live:
+    live = Live(hold)
+    batcher.watch(live)
+    await batcher.query(lambda: None)  # its thread runs
+    return live
+
+
+WORK = {
+    "reserving": lambda other: batcher.reserve(ask("user:2")),
+    "being refused": lambda other: batcher.reserve(ask("user:2", limit=0)),
+    "settling": lambda other: batcher.settled(used(other, 50)),
+    "renewing": renewing,
+}
+
+
+def run_out(database: str, *holds: Hold) -> None:
+    """Their process died, half a minute ago."""
+    Reservation.objects.using(database).filter(id__in=[hold.id for hold in holds]).update(expires_at=timezone.now())
+
+
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+def test_whoever_works_next_charges_the_lease_of_a_dead_process(
+    database: str, configure: Configure, work: Callable[[Hold], Any]
+) -> None:
+    configure(LEASE_SECONDS=3)
+    dead, other = do(ask()), do(ask("user:3"))
+    run_out(database, dead)
+
+    async def story() -> object:
+        with suppress(DailyBudgetExceeded):
+            return await work(other)
+
+    answer = asyncio.run(story())
+    eventually(lambda: counters("user:1") == (110, 0, 1))
+    if isinstance(answer, Hold):
+        do(given_back(answer))
+    do(given_back(other))
+
+
+def test_of_two_leases_that_run_out_within_a_second_both_are_charged(database: str) -> None:
+    """The second is due to be looked for later, when nothing else happens any more."""
+    for dead in (do(ask("user:1")), do(ask("user:2"))):
+        run_out(database, dead)
+        asyncio.run(batcher.settled(given_back(do(ask("user:3")))))
+    eventually(lambda: [counters(name)[:2] for name in ("user:1", "user:2")] == [(110, 0)] * 2)
 
 
 @pytest.mark.parametrize("lease", [0.5, 3])
@@ -547,7 +595,7 @@ def test_a_live_stream_keeps_its_lease_however_short(
         stream.until("token")
         (first,) = leases(database)
         eventually(lambda: leases(database)[0] > first, seconds=2 * lease)
-        ledger.apply([])
+        ledger.expire_overdue()
         upstream.release()
         assert [event for event, _ in stream.rest()] == ["token", "usage", "done"]
     assert [(row.state, row.outcome) for row in settled()] == [("settled", "completed")]
@@ -563,7 +611,7 @@ def test_a_stream_that_nobody_keeps_is_not_renewed(database: str, configure: Con
     asyncio.run(story())
 
     def expired() -> bool:
-        ledger.apply([])
+        ledger.expire_overdue()
         return counters() == (110, 0, 1)
 
     eventually(expired)

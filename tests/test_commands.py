@@ -183,6 +183,7 @@ def test_open_streams_keep_what_they_reserved(chats: Hold, manage: Manage) -> No
 def test_a_lease_that_ran_out_is_charged_after_the_reset(chats: Hold, manage: Manage, clock: Clock) -> None:
     clock.move(31)
     manage("chatnest_reset_budgets", "--all", "--noinput")
+    ledger.expire_overdue()
     assert discrepancies() == []
     assert row_of(chats).state == "expired"
 
@@ -348,6 +349,7 @@ def test_the_top_accounts_come_with_the_site(chats: Hold, manage: Manage) -> Non
 def test_several_days_the_last_one_first(chats: Hold, manage: Manage, clock: Clock) -> None:
     clock.set("2026-11-23T12:00:00+00:00")
     do(used(do(ask("user:2")), 40))
+    ledger.expire_overdue()
     ran = manage("chatnest_usage", "--days", "2", "--top", "1")
     assert [tuple(line.split()[:3]) for line in ran.lines[1:]] == [
         ("2026-11-23", "site", "40"),

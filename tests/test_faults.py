@@ -144,7 +144,7 @@ def test_a_connection_lost_while_a_late_settlement_is_written_corrects_it_once(d
     def expired(payer: str) -> Hold:
         hold = do(ask(payer))
         run_out(database, hold)
-        ledger.apply([])
+        ledger.expire_overdue()
         return hold
 
     async def story(point: int) -> None:
@@ -168,7 +168,7 @@ def test_a_connection_lost_while_someone_elses_lease_is_charged_is_nothing_to_wh
 
     points = asyncio.run(each_point(faults, faults.lose, story))
     assert points >= 12
-    ledger.apply([])
+    ledger.expire_overdue()
     assert sorted(outcomes(database)) == [("completed", 50)] * (points + 1) + [("expired", 110)] * (points + 1)
     assert counters("site") == (160 * (points + 1), 0, 2 * (points + 1))
 
@@ -261,7 +261,7 @@ def test_what_could_not_be_settled_for_longer_than_a_lease_is_corrected(database
     eventually(lambda: faults.is_down)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timezone, "now", Clock("2126-01-01T00:00:00+00:00"))
-        ledger.apply([])
+        ledger.expire_overdue()
     assert counters() == (110, 0, 1)
     faults.off()
     eventually(lambda: counters() == (50, 0, 1))
@@ -298,7 +298,7 @@ def test_a_process_that_ends_in_an_outage_says_what_it_leaves_to_the_leases(
     clock = Clock(timezone.now().isoformat())
     clock.move(31)
     monkeypatch.setattr(timezone, "now", clock)
-    ledger.apply([])
+    ledger.expire_overdue()
     assert counters(day=hold.day) == (110, 0, 1)
 
 
@@ -398,7 +398,7 @@ def test_a_crash_anywhere_loses_no_charge(
     clock = Clock(timezone.now().isoformat())
     clock.move(31)
     monkeypatch.setattr(timezone, "now", clock)
-    ledger.apply([])
+    ledger.expire_overdue()
     day = questions[0].day
     charged = [counters(question.payer, day)[0] for question in questions[: points + 1]]
     assert charged == [reserved or tokens for tokens, reserved, _ in after_crash]

@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from django.db import connections, transaction
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -73,7 +74,7 @@ def stop(hold: Hold) -> Stop:
 
 def expire_all(clock: Clock) -> None:
     clock.move(31)
-    ledger.apply([])
+    ledger.expire_overdue()
 
 
 # Reserving: all budgets or none.
@@ -174,9 +175,17 @@ def test_a_hold_that_is_resolved_is_never_given_out_again(database: str, clock: 
     elif end == "stopped":
         do(stop(hold))
     else:
-        clock.move(31)
+        expire_all(clock)
     assert isinstance(refusal_of(question), InternalError)
     assert counters()[1:] == (0, 1)
+
+
+def test_a_hold_that_is_overdue_is_not_given_out_again_either(database: str, clock: Clock) -> None:
+    question = ask()
+    do(question)
+    clock.move(30)
+    assert isinstance(refusal_of(question), InternalError)
+    assert counters() == (0, 110, 1)
 
 
 def test_many_operations_are_decided_in_turn_in_one_transaction(database: str) -> None:
@@ -273,39 +282,27 @@ def test_the_sums_of_a_deleted_row_settled_twice_in_one_transaction(database: st
 # Leases: a crash loses nothing.
 
 
-@pytest.mark.parametrize(
-    "look",
-    [
-        lambda other: ledger.apply([]),
-        lambda other: do(ask("user:2")),
-        lambda other: do(given_back(other)),
-        lambda other: refusal_of(ask("user:2", limit=0)),
-    ],
-    ids=["looking", "reserving", "settling", "being refused"],
-)
-def test_an_expired_lease_is_charged_in_full_by_whoever_next_looks(
-    database: str, clock: Clock, look: Callable[[Hold], object]
-) -> None:
+def test_an_expired_lease_is_charged_in_full_by_whoever_next_looks(database: str, clock: Clock) -> None:
     hold = do(ask())
     clock.move(15)
     other = do(ask("user:3"))
     clock.move(15)
-    look(other)
+    ledger.expire_overdue()
     row = row_of(hold)
     assert (row.state, row.outcome, row.usage_source) == ("expired", "expired", "held")
     assert (row.tokens_charged, row.settled_at) == (110, clock.now)
     assert counters() == (110, 0, 1)
-    assert row_of(other).state != "expired"
+    assert row_of(other).state == "open"
 
 
 def test_a_lease_lasts_to_its_last_moment(database: str, clock: Clock, configure: Configure) -> None:
     configure(LEASE_SECONDS=5)
     hold = do(ask())
     clock.move(4.999999)
-    ledger.apply([])
+    ledger.expire_overdue()
     assert row_of(hold).state == "open"
     clock.move(0.000001)
-    ledger.apply([])
+    ledger.expire_overdue()
     assert row_of(hold).state == "expired"
 
 
@@ -314,11 +311,29 @@ def test_a_renewed_lease_lives_on(database: str, clock: Clock) -> None:
     clock.move(29)
     assert ledger.renew([hold.id]) == (set(), set())
     clock.move(29)
-    ledger.apply([])
+    ledger.expire_overdue()
     assert [row_of(h).state for h in (hold, other)] == ["open", "expired"]
     clock.move(1)
-    ledger.apply([])
+    ledger.expire_overdue()
     assert row_of(hold).state == "expired"
+
+
+def test_thousands_of_leases_are_renewed_by_as_many_statements_as_one(database: str, clock: Clock) -> None:
+    ids = [
+        hold.id
+        for _ in range(12)
+        for hold in ledger.apply([ask(f"user:{n}", limit=10**9, site=10**9) for n in range(250)])
+    ]
+    clock.move(29)
+    counts = []
+    for number in (1, 3000):
+        with CaptureQueriesContext(connections[database]) as queries:
+            assert ledger.renew(ids[:number]) == (set(), set())
+        counts.append(len(queries))
+    assert counts[0] == counts[1]
+    clock.move(29)
+    ledger.expire_overdue()
+    assert Reservation.objects.using(database).open().count() == 3000
 
 
 def test_a_lease_that_ran_out_unseen_can_still_be_renewed(database: str, clock: Clock) -> None:
@@ -326,7 +341,7 @@ def test_a_lease_that_ran_out_unseen_can_still_be_renewed(database: str, clock: 
     hold = do(ask())
     clock.move(1000)
     assert ledger.renew([hold.id]) == (set(), set())
-    ledger.apply([])
+    ledger.expire_overdue()
     assert row_of(hold).state == "open"
 
 
@@ -361,6 +376,7 @@ def test_a_settlement_after_the_lease_that_nobody_has_charged_yet_is_simply_on_t
     hold, other = do(ask()), do(ask())
     clock.move(3600)
     do(used(hold, 50))
+    ledger.expire_overdue()
     assert (row_of(hold).state, row_of(hold).tokens_charged) == ("settled", 50)
     assert row_of(other).state == "expired"
     assert counters() == (160, 0, 2)
@@ -378,6 +394,7 @@ def test_leases_of_many_days_and_payers_expire_together(database: str, clock: Cl
     holds = ledger.apply([ask(f"user:{n}") for n in range(20)])
     clock.move(86_400 * 3)
     ledger.apply([ask("user:3")])
+    ledger.expire_overdue()
     assert {row_of(hold).state for hold in holds} == {"expired"}
     assert counters("site", holds[0].day) == (20 * 110, 0, 20)
     assert counters("site") == (0, 110, 1)
@@ -705,7 +722,7 @@ def test_a_renewal_tells_which_streams_must_end(database: str, clock: Clock) -> 
     clock.move(29)
     ledger.renew([live.id])
     clock.move(2)
-    ledger.apply([])
+    ledger.expire_overdue()
     everyone = [hold.id for hold in (live, stopped, settled, expired, removed)]
     assert ledger.renew([live.id]) == (set(), set())
     # An expired lease is charged in full, and its stream may finish: a late settlement corrects it.
@@ -747,7 +764,7 @@ def test_an_overdue_lease_is_charged_though_the_budget_was_reset(database: str, 
     hold = do(ask())
     clock.move(31)
     do(Reset(day=hold.day, account="user:1", reason="", actor="admin"))
-    ledger.apply([])
+    ledger.expire_overdue()
     assert row_of(hold).state == "expired"
     assert counters("site") == (110, 0, 1)
 
@@ -783,11 +800,15 @@ def test_a_counter_that_somebody_broke_stops_nobody_else(
     hold = do(ask())
     DailyUsage.objects.using(database).update(tokens_reserved=0)
     clock.move(31)
-    assert do(ask("user:2")).output_tokens == 100
+    do(used(do(ask("user:2")), 50))
+    other = do(ask("user:2"))
+    clock.move(31)
+    ledger.expire_overdue()
+    assert row_of(other).state == "expired"
     assert "cannot be charged: run manage.py chatnest_verify --repair" in caplog.text
     assert row_of(hold).state == "open"
     assert verify(repair=True) != []
-    ledger.apply([])
+    ledger.expire_overdue()
     assert row_of(hold).state == "expired"
 
 
@@ -878,9 +899,9 @@ def test_two_who_see_one_overdue_lease_charge_it_once(database: str, clock: Cloc
 
     def look() -> object:
         together.wait(10)
-        return ledger.apply([])
+        return ledger.expire_overdue()
 
-    assert [looking.result(30) for looking in [elsewhere(look) for _ in range(4)]] == [[]] * 4
+    assert [looking.result(30) for looking in [elsewhere(look) for _ in range(4)]] == [None] * 4
     assert counters("site") == (550, 0, 5)
 
 

@@ -304,12 +304,14 @@ class LedgerMachine(RuleBasedStateMachine):
         asks = [ask for name, *how in operations if (ask := self.named("to", name)(*how))]
         answers = ledger.apply(asks)
         expected = [self.expected(ask) for ask in asks]
-        self.model.expire(self.clock.now)
         assert [shown(answer) for answer in answers] == expected, asks
 
-    @rule(seconds=moment)
-    def time_passes(self, seconds: float) -> None:
+    @rule(seconds=moment, looks=st.booleans())
+    def time_passes(self, seconds: float, looks: bool) -> None:
         self.clock.move(seconds)
+        if looks:
+            ledger.expire_overdue()
+            self.model.expire(self.clock.now)
 
     @rule(seconds=st.sampled_from([0, 10, 25]), which=st.lists(one_of_them, max_size=5), stranger=st.booleans())
     def renew(self, seconds: float, which: list[int], stranger: bool) -> None:

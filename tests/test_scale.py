@@ -20,13 +20,12 @@ from typing import Any
 import pytest
 from django.db import connections
 
-from chatnest import audit, ledger
+from chatnest import audit
 from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks import processes
 from .benchmarks.crowd import Crowd
-from .bookkeeping import ask
 from .client import HELLO, Client, RawStream
 from .conftest import eventually, on_postgres
 
@@ -114,21 +113,6 @@ def test_a_fresh_request_among_thousands_gets_its_first_token_soon(database: str
         alone, among = (median(times) for times in zip(*pairs, strict=True))
         print(f"\nfirst token: {alone:.1f} ms alone, {among:.1f} ms among {STREAMS} streams")
         assert among < 2 * alone
-
-
-@on_postgres
-def test_the_leases_of_ten_times_as_many_streams_take_ten_times_as_long_to_renew(database: str) -> None:
-    asks = [ask(f"user:{n}", site=10**12) for n in range(3000)]
-    ids = [hold.id for start in range(0, 3000, 250) for hold in ledger.apply(asks[start : start + 250])]
-
-    def seconds(number: int) -> float:
-        began = time.perf_counter()
-        assert ledger.renew(ids[:number]) == (set(), set())
-        return time.perf_counter() - began
-
-    few, many = (median(seconds(number) for _ in range(5)) for number in (300, 3000))
-    print(f"\n300 leases are renewed in {few * 1000:.0f} ms, 3,000 in {many * 1000:.0f} ms")
-    assert many < 30 * few
 
 
 # Long.

@@ -288,7 +288,11 @@ class Migration(migrations.Migration):
                         fields=["expires_at"],
                         name="chatnest_open_lease",
                     ),
-                    models.Index(condition=models.Q(("state", "open")), fields=["payer"], name="chatnest_open_payer"),
+                    models.Index(
+                        condition=models.Q(("state", "open")),
+                        fields=["payer", "expires_at"],
+                        name="chatnest_open_payer",
+                    ),
                     models.Index(fields=["day", "payer"], name="chatnest_reservation_day"),
                     models.Index(fields=["-created_at"], name="chatnest_reservation_latest"),
                 ],
