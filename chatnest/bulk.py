@@ -60,18 +60,19 @@ def run(alias: str, statements: Sequence[Statement]) -> list[Rows]:
     """Run ``statements`` in order and return the rows of each. PostgreSQL gets all of them in one round trip."""
     with connections[alias].cursor() as cursor:
         if connections[alias].vendor != "postgresql":
-            return [_rows(cursor.execute(*one)) for one in statements]
-        if not statements:
-            return []
-        cursor.execute(";".join(sql for sql, _ in statements), [p for _, parameters in statements for p in parameters])
-        results = [_rows(cursor)]
-        while cursor.nextset():
-            results.append(_rows(cursor))
+            return [_rows(cursor.execute(*one), one) for one in statements]
+        if statements:
+            parameters = [parameter for _, its_own in statements for parameter in its_own]
+            cursor.execute(";".join(sql for sql, _ in statements), parameters)
+        results = []
+        for one in statements:
+            results.append(_rows(cursor, one))
+            cursor.nextset()
         return results
 
 
-def _rows(cursor: Any) -> Rows:
-    return cursor.fetchall() if cursor.description else []
+def _rows(cursor: Any, one: Statement) -> Rows:
+    return cursor.fetchall() if one[0].startswith("SELECT") else []  # asking the cursor is dear
 
 
 def table(model: type[models.Model]) -> str:
