@@ -13,6 +13,7 @@ The path of a request, in the order of the files to read:
     book       the rows of that transaction: locked in order, written once
     bulk       many rows in few statements, few statements in one round trip
     upstream   the provider: one call, retried only before its first byte
+    connection HTTP/1.1 to it: kept alive, closed at once where an answer is left
     stream     its pieces to frames, heartbeats and deadlines, and one settlement however it ends
 
 Beside the path: models, conf, errors, sse, threads, asgi, middleware, admin, checks, signals, audit, testing and

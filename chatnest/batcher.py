@@ -31,6 +31,7 @@ from .errors import InternalError, LedgerUnavailable, Overloaded
 from .ledger import Hold, Operation, Reserve, Settle
 from .models import Reservation
 from .policy import FRESH_SECONDS, Policy
+from .threads import let_the_loop_go_first
 
 T = TypeVar("T")
 
@@ -202,6 +203,7 @@ class Worker:
         self._stirred = False  # something was written since the last look
 
     def run(self) -> None:
+        let_the_loop_go_first()
         _be_impatient(self._alias)
         going_on = True
         while going_on:

@@ -26,18 +26,14 @@ class OnLoop(MiddlewareMixin):
     """For a middleware whose methods compute. ``waits_before`` and ``waits_after`` tell where one may not."""
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
-        response = await self._call("process_request", self.waits_before(request), request)
+        response: HttpResponseBase | None = None
+        if before := getattr(self, "process_request", None):
+            response = await sync_to_async(before)(request) if self.waits_before(request) else before(request)
         response = response or await self.get_response(request)  # type: ignore[misc]
-        changed: HttpResponseBase | None = await self._call(
-            "process_response", self.waits_after(request), request, response
-        )
-        return changed or response
-
-    async def _call(self, name: str, waits: bool, *args: Any) -> Any:
-        method = getattr(self, name, None)
-        if method is None:
-            return None
-        return await sync_to_async(method)(*args) if waits else method(*args)
+        if after := getattr(self, "process_response", None):
+            waits = self.waits_after(request)
+            response = await sync_to_async(after)(request, response) if waits else after(request, response)
+        return response
 
     def waits_before(self, request: HttpRequest) -> bool:
         return False

@@ -279,10 +279,10 @@ class ChatStream:
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
         call, hold = self._call, self.hold
-        prompt = completion = 0
-        if call.billed:
+        source, prompt, completion, total = UsageSource.NONE, 0, 0, 0
+        if call.billed and not (call.usage and call.ended):
             prompt, completion = hold.prompt_tokens, answer_count(call.pieces, hold.model, hold.output_tokens)
-        source, total = UsageSource.COUNTED if call.billed else UsageSource.NONE, prompt + completion
+            source, total = UsageSource.COUNTED, prompt + completion
         # What is reported before the end need not be the whole.
         if (usage := call.usage) and (call.ended or usage.total_tokens >= total):
             source, total = UsageSource.REPORTED, usage.total_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from .limits import DEFAULT_MODEL
@@ -35,6 +36,7 @@ _ENCODINGS: Final = (
 )
 
 
+@lru_cache(maxsize=256)
 def encoding_of(model: str) -> str | None:
     """The name of a model's encoding, or None where it is not known. ``openai/gpt-4o`` counts as ``gpt-4o``."""
     name = model.rpartition("/")[2].removeprefix("ft:")

@@ -1,8 +1,6 @@
 """The provider: one call of an OpenAI-compatible model, from request to pieces of text and usage.
 
-aiohttp, not the openai package: its reads may be cancelled without loss (a heartbeat interrupts them), its parser
-is C, and closing an unfinished answer closes the socket, which is what stops the model. HTTP/1.1 only: closing an
-HTTP/2 stream does not reach the provider with today's Python clients (https://github.com/encode/httpcore/issues/943).
+Not the openai package: a read there cannot be cancelled without loss, and a heartbeat interrupts reads.
 """
 
 from __future__ import annotations
@@ -13,31 +11,23 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
-from urllib.request import getproxies
 
-import aiohttp
 import msgspec
 
 from .conf import settings
+from .connection import Connection, NotSent, connect, locate
 from .errors import UpstreamBroken, UpstreamError, UpstreamRateLimited, UpstreamRejected, UpstreamUnavailable
 from .sse import EventDecoder
 from .wires import Message
 
 logger = logging.getLogger("chatnest.upstream")
 
-CONNECT_SECONDS: Final = 10
 LOGGED_BYTES: Final = 1000
 MAX_EVENT_BYTES: Final = 2 * 1024 * 1024
 MAX_TOKENS: Final = 1_000_000_000  # no answer has more, and no sum of a day's answers overflows its column
-_NEVER_SENT: Final = (
-    aiohttp.ClientConnectorError,
-    aiohttp.ConnectionTimeoutError,
-    aiohttp.InvalidURL,
-    aiohttp.NonHttpUrlClientError,
-)
 _TRANSIENT: Final = frozenset({408, 409, 429})
 
 
@@ -94,10 +84,10 @@ class Call:
     __slots__ = (
         "_body",
         "_carry",
+        "_connection",
         "_events",
         "_failure",
         "_finished",
-        "_response",
         "billed",
         "ended",
         "pieces",
@@ -107,7 +97,7 @@ class Call:
     def __init__(self, body: bytes) -> None:
         self._body = body
         self._events = EventDecoder(limit=MAX_EVENT_BYTES)
-        self._response: aiohttp.ClientResponse | None = None
+        self._connection: Connection | None = None
         self._finished = False  # the model gave its reason to stop
         self.ended = False  # [DONE], or its like
         self._failure: UpstreamError | None = None
@@ -137,40 +127,37 @@ class Call:
     async def _attempt(self) -> None:
         before, self.billed = self.billed, True  # an earlier attempt that was cut off may have been billed
         try:
-            session = await _session()
-            response = await session.post(
-                settings.OPENAI_BASE_URL.rstrip("/") + "/chat/completions",
-                data=self._body,
-                headers=_headers(),
-                allow_redirects=False,
-            )
-        except _NEVER_SENT as error:
+            origin, path = locate(settings.OPENAI_BASE_URL.rstrip("/") + "/chat/completions")
+            headers = _headers()
+            self._connection = connection = await connect(origin)
+            await connection.post(path, headers, self._body)
+        except NotSent as error:
             self.billed = before
             raise _logged(UpstreamUnavailable(), "cannot be reached: %s", error) from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
+            self.close()
             raise _logged(UpstreamUnavailable(), "broke the connection off: %r", error) from None
-        if response.status == 200:
-            self._response = response
-            return
-        self.billed = before
-        try:
-            raise await _refusal(response)
-        finally:
-            response.close()
+        if connection.status != 200:
+            self.billed = before
+            self._connection = None
+            try:
+                raise await _refusal(connection)
+            finally:
+                connection.finish()
 
     async def read(self) -> list[str] | None:
         """The pieces of text that have arrived; None at the end. May be cancelled without loss.
 
         Raises UpstreamBroken where the answer is cut, unreadable, or ends before the model said that it was done.
         """
-        assert self._response
+        assert self._connection
         if self._failure:
             raise self._failure
         if self.ended:
             return None
         try:
-            received = await self._response.content.readany()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+            received = await self._connection.read()
+        except (OSError, ValueError) as error:
             self._cut("broke off: %r", error)
             return None
         if not received:
@@ -221,8 +208,12 @@ class Call:
 
     def close(self) -> None:
         """Close the connection, unless the answer was read to its end; then it is kept for another."""
-        if self._response:
-            self._response.close()
+        if self._connection:
+            connection, self._connection = self._connection, None
+            if self.ended:
+                connection.finish()
+            else:
+                connection.abort()
 
 
 def _decode_leniently(data: bytes) -> _Chunk:
@@ -258,35 +249,35 @@ def _sane(usage: Usage) -> Usage | None:
     return Usage(prompt, completion, total) if true else None
 
 
-def _headers() -> dict[str, str]:
-    headers = {
-        "Content-Type": "application/json",
-        "Accept": "text/event-stream",
-        "Accept-Encoding": "identity",
-    }
-    if settings.OPENAI_API_KEY:
-        headers["Authorization"] = f"Bearer {settings.OPENAI_API_KEY}"
+def _headers() -> str:
+    headers = "Content-Type: application/json\r\nAccept: text/event-stream\r\nAccept-Encoding: identity\r\n"
+    if key := settings.OPENAI_API_KEY:
+        if not (key.isascii() and key.isprintable()):
+            raise NotSent("OPENAI_API_KEY holds characters that no header may")
+        headers += f"Authorization: Bearer {key}\r\n"
     return headers
 
 
-async def _refusal(response: aiohttp.ClientResponse) -> UpstreamError:
+async def _refusal(connection: Connection) -> UpstreamError:
     """Our own error for a status that is not 200. The provider's words go to the log, and nowhere else."""
-    with suppress(aiohttp.ClientError, OSError, TimeoutError):
+    status, said = connection.status, b""
+    with suppress(OSError, ValueError):
         async with asyncio.timeout(2):
-            said = await response.content.read(LOGGED_BYTES)
-            logger.warning("The provider refused with %d: %s", response.status, said.decode(errors="replace"))
-    if response.status == 429:
+            while len(said) < LOGGED_BYTES and (more := await connection.read()):
+                said += more
+    logger.warning("The provider refused with %d: %s", status, said[:LOGGED_BYTES].decode(errors="replace"))
+    if status == 429:
         kind: type[UpstreamError] = UpstreamRateLimited
-    elif response.status in _TRANSIENT or response.status >= 500:
+    elif status in _TRANSIENT or status >= 500:
         kind = UpstreamUnavailable
     else:
         kind = UpstreamRejected
-    return kind(retry_after=_retry_after(response.headers))
+    return kind(retry_after=_retry_after(connection.headers))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds: the header is a number of them or a date (RFC 9110, section 10.2.3)."""
-    value = headers.get("Retry-After", "")
+    value = headers.get("retry-after", "")
     with suppress(ValueError, TypeError):
         if value.replace(".", "", 1).isdigit():
             return float(value) if len(value) < 10 else None
@@ -297,34 +288,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def _logged(error: UpstreamError, words: str, *args: object) -> UpstreamError:
     logger.warning("The provider " + words, *args)
     return error
-
-
-_sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None]]] = {}
-
-
-async def _session() -> aiohttp.ClientSession:
-    """This event loop's connections: kept alive, without a limit, for the process's limit on streams is one.
-
-    A pool that is full makes requests wait in silence; the limit on streams refuses them aloud.
-    """
-    loop = asyncio.get_running_loop()
-    if loop not in _sessions:
-        session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            proxy=getproxies().get(settings.OPENAI_BASE_URL.partition(":")[0]),
-        )
-        keeper = _closed_with_loop(session)
-        _sessions[loop] = session, keeper
-        await anext(keeper)
-    return _sessions[loop][0]
-
-
-async def _closed_with_loop(session: aiohttp.ClientSession) -> AsyncGenerator[None]:
-    """Django tells nobody of a shutdown, but a loop that ends closes its generators (``shutdown_asyncgens``)."""
-    try:
-        yield
-    finally:
-        _sessions.pop(asyncio.get_running_loop(), None)
-        await session.close()

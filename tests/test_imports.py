@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 # From the ground up. Rooms of one floor may import each other, in no circle.
 FLOORS = [
     {"conf", "errors"},
-    {"limits", "tokens", "accounts", "sse", "threads", "upstream", "wires"},
+    {"limits", "tokens", "accounts", "sse", "threads", "connection", "upstream", "wires"},
     {"models"},
     {"policy", "bulk", "book", "ledger"},
     {"batcher"},
@@ -98,10 +98,16 @@ def test_the_event_stream_knows_of_nothing_else() -> None:
 
 def test_the_app_imports_only_what_it_declares() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {line.split(">")[0] for line in declared} == {"django", "aiohttp", "msgspec", "toktok-rs"}
+    assert {line.split(">")[0] for line in declared} == {
+        "django",
+        "httptools",
+        "aiohappyeyeballs",
+        "msgspec",
+        "toktok-rs",
+    }
     roots = {name.partition(".")[0] for path in files() for name in imported(path)} - set(sys.stdlib_module_names)
     # asgiref is Django's own.
-    assert roots == {"chatnest", "django", "asgiref", "aiohttp", "msgspec", "toktok"}
+    assert roots == {"chatnest", "django", "asgiref", "httptools", "aiohappyeyeballs", "msgspec", "toktok"}
 
 
 def test_the_map_in_the_packages_docstring_names_every_room() -> None:
