@@ -325,7 +325,7 @@ async def _closed_with_loop(pool: Pool) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        _pools.pop(pool.loop, None)
+        _pools.pop(asyncio.get_running_loop(), None)
         pool.close()
         await asyncio.sleep(0)  # a transport closes its socket in the loop's next turn
 
@@ -338,9 +338,8 @@ def locate(url: str) -> tuple[Origin, str]:
         host = (parts.hostname or "").encode("idna").decode()
         if not host or parts.scheme not in _PORTS:
             raise ValueError("it must begin with http:// or https:// and name a host")
-        return Origin(parts.scheme, host, parts.port or _PORTS[parts.scheme]), quote(
-            parts.path, safe="/%:@!$&'()*+,;=~-._"
-        )
+        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        return Origin(parts.scheme, host, parts.port or _PORTS[parts.scheme]), path
     except ValueError as error:
         raise NotSent(f"{url!r} is no address: {error}") from None
 

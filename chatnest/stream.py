@@ -281,7 +281,8 @@ class ChatStream:
         call, hold = self._call, self.hold
         source, prompt, completion, total = UsageSource.NONE, 0, 0, 0
         if call.billed and not (call.usage and call.ended):
-            prompt, completion = hold.prompt_tokens, answer_count(call.pieces, hold.model, hold.output_tokens)
+            prompt = hold.prompt_tokens
+            completion = answer_count(call.text, call.pieces, hold.model, hold.output_tokens)
             source, total = UsageSource.COUNTED, prompt + completion
         # What is reported before the end need not be the whole.
         if (usage := call.usage) and (call.ended or usage.total_tokens >= total):

@@ -76,13 +76,13 @@ async def prompt_bound(messages: Sequence[Message], model: str) -> int:
     return counted + (TOKENS_PER_MESSAGE + MARGIN_PER_MESSAGE) * len(texts) + TOKENS_PER_REPLY
 
 
-def answer_count(pieces: Sequence[str], model: str, allowance: int) -> int:
+def answer_count(text: str, pieces: int, model: str, allowance: int) -> int:
     """The tokens of an answer whose provider did not say: what was received, counted; at least one a piece.
 
     Bytes are a wild overcount of an answer, so for an unknown encoding the allowance that was sent as
     ``max_tokens`` bounds them.
     """
-    counted = count(["".join(pieces)], model)
+    counted = count([text], model)
     if toktok is None or encoding_of(model) is None:
         counted = min(counted, allowance)
-    return max(counted, len(pieces))
+    return max(counted, pieces)

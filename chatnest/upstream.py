@@ -78,7 +78,7 @@ class Call:
     """One call of the model: ``open`` it, ``read`` until it returns None, ``close`` it however it ended.
 
     ``billed`` is True once the provider may have charged for it: a request was sent and not refused.
-    ``usage`` is what it reported; ``pieces`` all the text that came.
+    ``usage`` is what it reported; ``text`` is all that came, in so many ``pieces``.
     """
 
     __slots__ = (
@@ -88,6 +88,7 @@ class Call:
         "_events",
         "_failure",
         "_finished",
+        "_text",
         "billed",
         "ended",
         "pieces",
@@ -104,7 +105,8 @@ class Call:
         self._carry = ""  # half of a surrogate pair, whose other half the next piece brings
         self.billed = False
         self.usage: Usage | None = None
-        self.pieces: list[str] = []
+        self.pieces = 0
+        self._text = bytearray()  # a list of small strings would take ten times as much
 
     async def open(self, seconds: float) -> None:
         """Send the request, again if it fails in a way that may pass. Raises UpstreamError.
@@ -168,8 +170,13 @@ class Call:
             self._take(received, pieces)
         except ValueError as error:  # what came before it is still said
             self._failure = _logged(UpstreamBroken(), "sent what cannot be read: %s", error)
-        self.pieces += pieces
+        self.pieces += len(pieces)
+        self._text += "".join(pieces).encode()
         return pieces
+
+    @property
+    def text(self) -> str:
+        return self._text.decode()
 
     def _cut(self, words: str, *args: object) -> None:
         """The end of the connection: the end of the answer too if the model had said that it was done."""

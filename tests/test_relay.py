@@ -173,7 +173,7 @@ async def read(call: Call) -> str:
     while await call.read() is not None:
         pass
     call.close()
-    return "".join(call.pieces)
+    return call.text
 
 
 def test_each_loop_has_connections_of_its_own_and_closes_them_as_it_ends(upstream: FakeUpstream) -> None:

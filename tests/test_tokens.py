@@ -88,7 +88,9 @@ def test_without_the_tokenizer_bytes_bound_every_model(contents: list[str]) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "toktok", None)
         assert bound_of(contents, "gpt-4o") == bound_of(contents, UNKNOWN)
-        assert answer_count(contents, "gpt-4o", 10) == max(len(contents), min(10, len("".join(contents).encode())))
+        assert answer_count("".join(contents), len(contents), "gpt-4o", 10) == max(
+            len(contents), min(10, len("".join(contents).encode()))
+        )
 
 
 @given(text=surrogates, encoding=st.sampled_from(list(MODELS)))
@@ -143,14 +145,14 @@ def test_the_encoding_goes_by_the_models_name(model: str, encoding: str | None) 
 def test_an_answer_without_a_report_counts_as_its_text_and_at_least_one_a_piece(
     pieces: list[str], encoding: str, allowance: int
 ) -> None:
-    counted = answer_count(pieces, MODELS[encoding], allowance)
+    counted = answer_count("".join(pieces), len(pieces), MODELS[encoding], allowance)
     assert counted == max(len(pieces), second_opinion("".join(pieces), encoding))
 
 
 @given(pieces=st.lists(texts, max_size=20), allowance=st.integers(64, 4096))
 def test_an_answer_in_an_unknown_encoding_costs_no_more_than_it_was_allowed(pieces: list[str], allowance: int) -> None:
     size = len("".join(pieces).encode())
-    assert answer_count(pieces, UNKNOWN, allowance) == max(len(pieces), min(size, allowance))
+    assert answer_count("".join(pieces), len(pieces), UNKNOWN, allowance) == max(len(pieces), min(size, allowance))
 
 
 def test_a_prompt_that_is_made_to_be_slow_does_not_hold_up_the_others() -> None:
