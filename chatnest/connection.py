@@ -13,6 +13,7 @@ import ssl
 import zlib
 from base64 import b64encode
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -59,6 +60,7 @@ class Connection(asyncio.Protocol):
         "_body",
         "_buffered",
         "_complete",
+        "_encoding",
         "_error",
         "_inflate",
         "_origin",
@@ -93,6 +95,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = httptools.HttpResponseParser(self)
         self._buffered = 0
         self._complete = self._reusable = False
+        self._encoding = ""
         self._inflate: Any = None
         self.status = 0
         self.headers: dict[str, str] = {}
@@ -106,11 +109,7 @@ class Connection(asyncio.Protocol):
         if self._plain_proxy:
             head += _credentials(self._plain_proxy)
         await self._ask(head.encode("latin-1") + b"\r\n" + body)
-        encoding = self.headers.get("content-encoding", "identity")
-        if encoding in ("gzip", "deflate"):
-            self._inflate = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
-        elif encoding != "identity":
-            raise ValueError(f"an answer in {encoding}, which was not asked for")
+        self._encoding = self.headers.get("content-encoding", "").lower().replace("identity", "")
 
     async def _ask(self, request: bytes) -> None:
         self._expect()
@@ -120,12 +119,39 @@ class Connection(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """What has arrived of the body, b"" at its end. Cancelled, it loses nothing. Raises OSError and ValueError."""
-        while True:
-            if received := self._take():
-                return received
-            if self._complete:
-                return b""
+        if self._encoding:
+            return await self._read_packed()
+        while not (received := self._take()) and not self._complete:
             await self._wait()
+        return received
+
+    async def _read_packed(self) -> bytes:
+        """For who compresses though asked not to. A little may unpack to a lot: that comes bit by bit."""
+        if self._encoding not in ("gzip", "deflate"):
+            raise ValueError(f"an answer in {self._encoding}, which was not asked for")
+        if not self._inflate:
+            self._inflate = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
+        while True:
+            if self._inflate.unconsumed_tail:
+                await asyncio.sleep(0)  # others go on meanwhile
+                received = b""
+            else:
+                received = self._take()
+            if unpacked := self._unpacked(received):
+                return unpacked
+            if not self._inflate.unconsumed_tail:
+                if self._complete:
+                    return b""
+                await self._wait()
+
+    def _unpacked(self, received: bytes) -> bytes:
+        try:
+            unpacked: bytes = self._inflate.decompress(self._inflate.unconsumed_tail + received, MAX_BUFFERED)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        if self._inflate.unused_data:
+            raise ValueError("more than one compressed body")
+        return unpacked
 
     def _take(self) -> bytes:
         received = b"".join(self._body)
@@ -134,14 +160,7 @@ class Connection(asyncio.Protocol):
         if self._paused and not self._error:
             self._paused = False
             self._transport.resume_reading()
-        return self._unpacked(received) if self._inflate else received
-
-    def _unpacked(self, received: bytes) -> bytes:
-        try:
-            unpacked: bytes = self._inflate.decompress(self._inflate.unconsumed_tail + received, MAX_BUFFERED)
-        except zlib.error as error:
-            raise ValueError(str(error)) from None
-        return unpacked
+        return received
 
     async def _wait(self) -> None:
         if self._error:
@@ -156,20 +175,21 @@ class Connection(asyncio.Protocol):
         """The answer is known; what may be left of it is not waited for. Another request may use the connection."""
         if self._complete:
             self._keep()
-        else:
+        elif not self._pool.loop.is_closed():
             self._timer = self._pool.loop.call_later(LINGER_SECONDS, self.abort)
 
     def abort(self) -> None:
         """Close the socket now, which is what tells the provider to stop."""
         if self._transport:
-            self._transport.abort()
+            with suppress(RuntimeError):  # the loop is closed, and its sockets with it
+                self._transport.abort()
 
     # Between two answers.
 
     def _keep(self) -> None:
         if self._timer:
             self._timer.cancel()
-        if self._error or self._paused or not self._reusable:
+        if self._error or self._paused or not self._reusable or self._transport.get_write_buffer_size():
             self.abort()
         else:
             self._timer = self._pool.loop.call_later(KEEP_ALIVE_SECONDS, self.abort)
@@ -223,8 +243,13 @@ class Connection(asyncio.Protocol):
 
     # For the parser, which finds ``on_body`` too.
 
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("more than an answer")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self.status:  # after the body, what is called a trailer
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -293,6 +318,7 @@ class Pool:
                 await connection.tunnel(proxy)
             except BaseException:
                 connection.abort()
+                self.forget(connection, origin)  # a TLS handshake that fails tells nobody
                 raise
         return connection
 
@@ -338,10 +364,12 @@ def locate(url: str) -> tuple[Origin, str]:
         host = (parts.hostname or "").encode("idna").decode()
         if not host or parts.scheme not in _PORTS:
             raise ValueError("it must begin with http:// or https:// and name a host")
+        if parts.query:
+            raise ValueError("it must not have a query")
         path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
         return Origin(parts.scheme, host, parts.port or _PORTS[parts.scheme]), path
     except ValueError as error:
-        raise NotSent(f"{url!r} is no address: {error}") from None
+        raise NotSent(f"this is no address of a provider: {error}") from None
 
 
 @cache

@@ -127,14 +127,14 @@ class Call:
             await asyncio.sleep(wait)
 
     async def _attempt(self) -> None:
-        before, self.billed = self.billed, True  # an earlier attempt that was cut off may have been billed
+        before = self.billed  # an earlier attempt that was cut off may have been billed
         try:
             origin, path = locate(settings.OPENAI_BASE_URL.rstrip("/") + "/chat/completions")
             headers = _headers()
             self._connection = connection = await connect(origin)
+            self.billed = True
             await connection.post(path, headers, self._body)
         except NotSent as error:
-            self.billed = before
             raise _logged(UpstreamUnavailable(), "cannot be reached: %s", error) from None
         except (OSError, ValueError) as error:
             self.close()

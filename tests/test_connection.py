@@ -147,6 +147,7 @@ def test_a_request_is_what_was_asked(play: Any) -> None:
         [OK + b"X: " + b"x" * 100_000],
         [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"],
         [OK + b"Content-Encoding: br\r\n\r\nhello"],
+        [OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"hello") * 2],
         [OK + b"Transfer-Encoding: chunked\r\n\r\nfive\r\nhello\r\n"],
         [OK + b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello"],
         [OK[:10], None],
@@ -192,6 +193,48 @@ def test_a_read_may_be_cancelled_and_nothing_is_lost(play: Any) -> None:
                     await one.read()
         provider.released.set()
         assert await whole(one) == b"hello"
+
+    play(story)
+
+
+def test_a_refusal_that_cannot_be_unpacked_is_a_refusal(play: Any) -> None:
+    async def story(provider: Provider) -> None:
+        provider.answers(
+            b"HTTP/1.1 429 Slow Down\r\nRetry-After: 7\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\nx"
+        )
+        one = await ask(provider.origin)
+        assert (one.status, one.headers["retry-after"]) == (429, "7")
+        with pytest.raises(ValueError, match="an answer in br"):
+            await one.read()
+
+    play(story)
+
+
+def test_what_follows_the_body_changes_nothing(play: Any) -> None:
+    async def story(provider: Provider) -> None:
+        trailers = b"".join(b"X-%d: %b\r\n" % (n, b"x" * 1000) for n in range(300))
+        provider.answers(OK + b"Transfer-Encoding: chunked\r\nX-1: 1\r\n\r\n5\r\nhello\r\n0\r\n" + trailers + b"\r\n")
+        one = await ask(provider.origin)
+        assert await whole(one) == b"hello"
+        assert one.headers == {"transfer-encoding": "chunked", "x-1": "1"}
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    "more", [b"HTTP/1.1 500 X\r\nContent-Length: 9\r\n\r\nXX", b"HTTP/1.1 2", HELLO, b"\0"], ids=repr
+)
+def test_an_answer_that_nobody_asked_for_is_not_heard(play: Any, more: bytes) -> None:
+    """In the same packet as the one that was: the first is read, and the connection never used again."""
+
+    async def story(provider: Provider) -> None:
+        provider.answers(HELLO + more)
+        provider.answers(HELLO)
+        one = await ask(provider.origin)
+        assert one.status == 200
+        assert await whole(one) == b"hello"
+        one.finish()
+        assert await ask(provider.origin) is not one
 
     play(story)
 
@@ -322,10 +365,21 @@ def test_an_address_is_read_as_it_is_meant(url: str, host: str, path: str) -> No
 
 
 @pytest.mark.parametrize(
-    "url", ["", "nonsense", "http://", "ftp://h/", "http://[::1", "http://h:x/", "http://h:99999/", "http://.ä/"]
+    "url",
+    [
+        "",
+        "nonsense",
+        "http://",
+        "ftp://h/",
+        "http://[::1",
+        "http://h:x/",
+        "http://h:99999/",
+        "http://.ä/",
+        "http://h/?a=1",
+    ],
 )
 def test_what_is_no_address_is_told(url: str) -> None:
-    with pytest.raises(NotSent, match="is no address"):
+    with pytest.raises(NotSent, match="is no address of a provider"):
         locate(url)
 
 
@@ -499,17 +553,23 @@ def test_no_proxy_is_honoured(play: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     play(story)
 
 
-@pytest.mark.parametrize("reason", ["refuses", "is not there", "speaks TLS"])
+@pytest.mark.parametrize("reason", ["refuses", "is not there", "speaks TLS", "hangs up"])
 def test_a_proxy_that_does_not_lead_there_means_that_nothing_was_sent(
     play: Any, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     async def story(provider: Provider) -> None:
         proxy = Proxy(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+        if reason == "hangs up":
+            proxy.refusal = b"HTTP/1.1 200 Connection established\r\n\r\n"
+            monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.2)
         server = await proxied(proxy, monkeypatch, "https://" if reason == "speaks TLS" else "")
         if reason == "is not there":
             server.close()
-        with pytest.raises(NotSent, match=r"407|refused|Connect call failed|only proxies"):
+        with pytest.raises(NotSent, match=r"407|refused|Connect call failed|only proxies|no connection to"):
             await ask(Origin("https", "localhost", provider.origin.port))
+        assert [
+            pool.connections for pool, _ in connection._pools.values() if pool.loop is asyncio.get_running_loop()
+        ] == [set()]
         assert provider.requests == []
         server.close()
 
