@@ -14,6 +14,7 @@ from django.core import signals
 from django.db import close_old_connections, reset_queries
 from django.urls import get_resolver
 
+from .connection import tls
 from .threads import BorrowedThread
 from .tokens import warm_up
 
@@ -27,6 +28,7 @@ def for_streaming(application: ASGI) -> ASGI:
     after when it goes back: for them, every request would go to a thread twice more.
     """
     warm_up()
+    tls()  # reads the system's certificates
     assert get_resolver().url_patterns  # the site's views, which would be imported by the first request
     # The collector need not look through every module again and again: a seventh of a request's CPU.
     gc.collect()

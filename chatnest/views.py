@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial, wraps
 from typing import Any
@@ -163,7 +162,6 @@ async def reserve(terms: Terms, prompt_tokens: int) -> Hold:
         raise RequestTooLarge()
     return await batcher.reserve(
         Reserve(
-            id=uuid.uuid4(),
             budgets=terms.budgets,
             profile=terms.profile,
             model=terms.model,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import uuid4
 
 from chatnest import ledger
 from chatnest.conf import settings
@@ -38,7 +37,6 @@ class Clock:
 def ask(payer: str = "user:1", *, limit: int = 1000, site: int = 100_000, **changes: Any) -> Reserve:
     """A request of 10 tokens for an answer of up to 100."""
     usual: dict[str, Any] = {
-        "id": uuid4(),
         "budgets": {payer: limit, "site": site},
         "profile": "balanced",
         "model": "gpt-4o-mini",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,6 +160,14 @@ def test_asking_twice_in_one_transaction_holds_once(database: str) -> None:
     first, second = ledger.apply([question, question])
     assert first == second
     assert counters() == (0, 110, 1)
+
+
+def test_ids_are_in_order_of_time_and_never_the_same() -> None:
+    ids = [ledger.new_id() for _ in range(10_000)]
+    assert len({*ids}) == 10_000
+    assert {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
+    assert [id.int >> 80 for id in ids] == sorted(id.int >> 80 for id in ids)
+    assert abs((ids[0].int >> 80) / 1000 - time.time()) < 60
 
 
 def test_asking_again_is_answered_even_when_nothing_else_would_fit(database: str) -> None:

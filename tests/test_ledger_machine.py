@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from chatnest import conf, ledger
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, Paused, RateLimited, TooManyStreams
-from chatnest.ledger import Hold, Reserve, Reset, Settle, Stop
+from chatnest.ledger import Hold, Reserve, Reset, Settle, Stop, new_id
 from chatnest.limits import Limits
 from chatnest.models import Account, Adjustment, DailyUsage, Profile, RateWindow, Reservation
 from chatnest.policy import Policy, Terms
@@ -350,7 +350,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return None
         limits: Limits = terms.limits
         ask = Reserve(
-            id=uuid4(),
+            id=new_id(),
             budgets=terms.budgets,
             profile=terms.profile,
             model=terms.model,

@@ -1,9 +1,10 @@
 """One process that reserves as fast as it can, for ``tests.benchmarks.ledger``, on the database of DATABASE_URL.
 
-    python -m tests.benchmarks.ledger_worker group|alone WAITING SECONDS
+    python -m tests.benchmarks.ledger_worker group|alone|view WAITING SECONDS
 
 ``group``: WAITING tasks of one event loop reserve through the batcher, each again as soon as it is answered.
 ``alone``: WAITING threads, each with a connection of its own, and a transaction for each reservation.
+``view``: WAITING tasks of one event loop, a transaction for each reservation in a thread, as an async view has it.
 
 Says "ready", waits for a line, and prints what it measured after a warm-up as JSON.
 """
@@ -21,6 +22,7 @@ from itertools import count
 from statistics import median
 
 import django
+from asgiref.sync import sync_to_async
 
 django.setup()
 
@@ -80,6 +82,17 @@ async def group(measure: Measure, waiting: int) -> None:
     await asyncio.gather(*(reserve_on() for _ in range(waiting)))
 
 
+async def view(measure: Measure, waiting: int) -> None:
+    async def reserve_on() -> None:
+        while operation := measure.next():
+            asked = time.perf_counter()
+            await sync_to_async(ledger.apply)([operation])
+            measure.note(asked)
+
+    measure.begin()
+    await asyncio.gather(*(reserve_on() for _ in range(waiting)))
+
+
 def alone(measure: Measure, waiting: int) -> None:
     all_connected = threading.Barrier(waiting, action=measure.begin)
 
@@ -111,6 +124,8 @@ if __name__ == "__main__":
     if method == "group":
         asyncio.run(group(measure, waiting))
         batcher.close()
+    elif method == "view":
+        asyncio.run(view(measure, waiting))
     else:
         alone(measure, waiting)
     print(json.dumps(measure.report()))
