@@ -2,7 +2,8 @@
 
 One thread a process, with one connection, drains a queue: whatever waits goes into one transaction. There is no
 timer: a lone request goes at once, and while one transaction commits the next one's requests gather. The thread
-also renews the leases of the process's live streams, with one statement every third of a lease.
+also renews the leases of the process's live streams, with one statement every third of a lease, and charges those
+that dead processes left, at most a second after it last wrote anything.
 
 When the database does not answer, those who wait to reserve are told so; settlements are kept and tried again.
 """

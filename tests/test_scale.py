@@ -29,7 +29,7 @@ from .benchmarks.crowd import Crowd
 from .client import HELLO, Client, RawStream
 from .conftest import eventually, on_postgres
 
-STREAMS = int(os.environ.get("CHATNEST_SCALE_STREAMS", "2000"))
+STREAMS = int(os.environ.get("CHATNEST_SCALE_STREAMS", "5000"))
 SOAK_SECONDS = float(os.environ.get("CHATNEST_SOAK_SECONDS", "40"))
 WARM_UP = 0.25  # of the soak
 WORKERS = 8

@@ -502,6 +502,20 @@ def test_a_wrong_address_is_the_log_readers_to_mend(
 
 
 @on_sqlite
+def test_who_leaves_while_the_provider_is_still_being_reached_pays_nothing(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        configure(OPENAI_BASE_URL=f"https://127.0.0.1:{silent.getsockname()[1]}/v1")
+        with client.stream() as stream:
+            stream.until("start")
+            connection, _ = silent.accept()
+            connection.recv(1)  # its side of a handshake that will never be answered
+        charged(settled(), "cancelled", "none", 0)
+        connection.close()
+
+
+@on_sqlite
 def test_a_connection_that_is_cut_before_its_answer_may_have_been_billed(
     client: Client, upstream: FakeUpstream, configure: Configure, settled: Settled
 ) -> None:
