@@ -129,7 +129,8 @@ def _read(day: date) -> Iterator[tuple[Any, ...]]:
     )
     adjustments = _all(Adjustment, day=day).values(kind=kind, name=F("account")).annotate(used=Sum("tokens"))
     adjusted = adjustments.values_list("kind", "name", nothing, "used", nothing, nothing, nothing)
-    return stored.union(charged, adjusted, all=True).iterator()
+    # Django 6.1 orders a union as the first model is ordered, unless told not to.
+    return stored.union(charged, adjusted, all=True).order_by().iterator()
 
 
 def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:

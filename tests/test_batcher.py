@@ -461,7 +461,7 @@ def test_a_forked_process_has_a_thread_and_a_connection_of_its_own(database: str
         "DATABASE_URL": url_of(connections[database].settings_dict),
     }
     forking = subprocess.run(
-        [sys.executable, "-c", FORKING],
+        [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", FORKING],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (forking.returncode, forking.stderr) == (0, "")
