@@ -328,6 +328,14 @@ def test_a_renewed_lease_lives_on(database: str, clock: Clock) -> None:
     assert row_of(hold).state == "expired"
 
 
+def test_a_lease_that_was_renewed_or_settled_after_it_was_seen_is_not_charged(database: str, clock: Clock) -> None:
+    seen = [do(ask()), do(ask())]
+    do(used(seen[1], 50))
+    ledger.expire([hold.id for hold in seen])
+    assert [row_of(hold).state for hold in seen] == ["open", "settled"]
+    assert counters() == (50, 110, 2)
+
+
 def test_thousands_of_leases_are_renewed_by_as_many_statements_as_one(database: str, clock: Clock) -> None:
     ids = [
         hold.id
