@@ -8,14 +8,10 @@ The path of a request, in the order of the files to read:
     policy     the operators' profile and account rows, in force
     limits     clamped by the code's HARD_CAPS, tightened by the request
     tokens     the most that the prompt can count
-    batcher    the async door to the database: many requests, one transaction
-    ledger     reserve: all budgets or none; later settle, once
-    book       the rows of that transaction: locked in order, written once
-    bulk       many rows in few statements, few statements in one round trip
-    upstream   the provider: one call, retried only before its first byte
-    connection HTTP/1.1 to it: kept alive, closed at once where an answer is left
+    ledger     reserve: all budgets or none; later settle, once. One transaction for many requests
+    provider   one call of the model through the openai package, and what it really said
     stream     its pieces to frames, heartbeats and deadlines, and one settlement however it ends
 
-Beside the path: models, conf, errors, sse, threads, asgi, middleware, admin, checks, signals, audit, testing and
-management/.
+Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, asgi, admin,
+checks, signals, testing and management/.
 """

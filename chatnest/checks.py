@@ -10,8 +10,8 @@ from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections
 
 from . import tokens
-from .bulk import VENDORS
 from .conf import NAMES, complaint, payer_callable, settings
+from .ledger.bulk import VENDORS
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
 

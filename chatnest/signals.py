@@ -8,7 +8,7 @@ from django.db import transaction
 from django.db.models.signals import post_delete, post_save
 from django.dispatch import receiver
 
-from .batcher import batcher
+from .ledger.batcher import batcher
 from .models import Account, Profile
 
 

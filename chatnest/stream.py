@@ -17,14 +17,13 @@ from enum import Enum
 from typing import Final, Literal, Self
 from weakref import ref
 
-from .batcher import batcher
 from .conf import settings
 from .errors import ChatError, InternalError, Overloaded, Paused, UpstreamTimeout
 from .ledger import Hold, Settle
+from .ledger.batcher import batcher
 from .models import Reservation
-from .threads import let_request_thread_go
+from .provider.call import Call
 from .tokens import answer_count
-from .upstream import Call
 from .wires import Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
@@ -114,7 +113,6 @@ class ChatStream:
 
     async def _frames(self) -> AsyncGenerator[bytes]:
         yield chatnest.START
-        let_request_thread_go()
         try:
             opening, opened = self._begin(), False
             while True:

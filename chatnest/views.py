@@ -16,7 +16,7 @@ from django.views.decorators.csrf import csrf_exempt
 
 from . import ledger
 from .accounts import charged
-from .batcher import batcher
+from .asgi.threads import let_request_thread_go
 from .conf import settings
 from .errors import (
     BodyTooLarge,
@@ -28,11 +28,12 @@ from .errors import (
     UnsupportedMediaType,
 )
 from .ledger import Hold, Reserve
+from .ledger.batcher import batcher
 from .limits import profile_name
 from .policy import Terms
+from .provider.call import Call, request_body
 from .stream import ChatStream, Place
 from .tokens import prompt_bound
-from .upstream import Call, request_body
 from .wires import ChatRequest, Message, chatnest
 
 logger = logging.getLogger("chatnest.views")
@@ -52,6 +53,7 @@ class EventStreamResponse(StreamingHttpResponse):
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         # Django's own goes through two more generators a frame, and closes neither of them.
+        let_request_thread_go()  # middleware is done; minutes of streaming need none
         iterator: AsyncIterator[bytes] = self._iterator  # type: ignore[attr-defined]
         return iterator
 

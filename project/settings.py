@@ -28,15 +28,15 @@ INSTALLED_APPS = [
     "chatnest",
     "project",
 ]
-# Django's own stack, without its hand-overs to threads (see chatnest.middleware).
+# Django's own stack, without its hand-overs to threads (see chatnest.asgi.middleware).
 MIDDLEWARE = [
-    "chatnest.middleware.SecurityMiddleware",
-    "chatnest.middleware.SessionMiddleware",
-    "chatnest.middleware.CommonMiddleware",
-    "chatnest.middleware.CsrfViewMiddleware",
-    "chatnest.middleware.AuthenticationMiddleware",
-    "chatnest.middleware.MessageMiddleware",
-    "chatnest.middleware.XFrameOptionsMiddleware",
+    "chatnest.asgi.middleware.SecurityMiddleware",
+    "chatnest.asgi.middleware.SessionMiddleware",
+    "chatnest.asgi.middleware.CommonMiddleware",
+    "chatnest.asgi.middleware.CsrfViewMiddleware",
+    "chatnest.asgi.middleware.AuthenticationMiddleware",
+    "chatnest.asgi.middleware.MessageMiddleware",
+    "chatnest.asgi.middleware.XFrameOptionsMiddleware",
 ]
 TEMPLATES = [
     {

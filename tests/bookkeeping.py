@@ -1,6 +1,6 @@
 """What the ledger's tests share: operations with everyday values, a clock to move, and a proof of their own.
 
-``discrepancies`` adds up rows one by one, on purpose unlike ``chatnest.audit``: it proves that too.
+``discrepancies`` adds up rows one by one, on purpose unlike ``chatnest.ledger.audit``: it proves that too.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from hypothesis import settings as hypothesis_settings
 
-from chatnest.batcher import batcher
+from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_PROFILES
 from chatnest.models import Profile, Reservation
 from chatnest.testing import FakeUpstream

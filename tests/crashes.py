@@ -34,7 +34,7 @@ def main(operation: str, file: str) -> None:
 
 
 async def live_until(point: int, operation: str, hold_id: UUID) -> None:
-    from chatnest.batcher import batcher
+    from chatnest.ledger.batcher import batcher
 
     from .bookkeeping import ask, hold_of, used
     from .faults import Faults

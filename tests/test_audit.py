@@ -15,10 +15,10 @@ from django.db.models import F, Model
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from chatnest import audit, ledger
-from chatnest.audit import Discrepancy, Pruned, prune, verify
-from chatnest.book import Book
-from chatnest.ledger import Hold, Operation, Reset, Settle, Stop
+from chatnest import ledger
+from chatnest.ledger import Hold, Operation, Reset, Settle, Stop, audit
+from chatnest.ledger.audit import Discrepancy, Pruned, prune, verify
+from chatnest.ledger.book import Book
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
 
 from .bookkeeping import Clock, Outcome, ask, counters, discrepancies, do, row_of, used

@@ -19,10 +19,10 @@ from django.db import connections
 from django.utils import timezone
 
 from chatnest import ledger
-from chatnest.audit import verify
-from chatnest.batcher import batcher
 from chatnest.errors import DailyBudgetExceeded, InternalError, LedgerUnavailable, Overloaded
 from chatnest.ledger import Hold, Reset, Stop
+from chatnest.ledger.audit import verify
+from chatnest.ledger.batcher import batcher
 from chatnest.models import Account, Adjustment, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
@@ -298,7 +298,7 @@ def test_who_loses_patience_is_refused_and_taken_back(
     database: str, settled: Settled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five seconds are long enough to wait for a database; the test has less time."""
-    monkeypatch.setattr("chatnest.batcher.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("chatnest.ledger.batcher.ANSWER_SECONDS", 0.05)
 
     async def story() -> None:
         spy = await spied(database)
@@ -318,7 +318,7 @@ def test_an_answer_does_not_wait_for_its_settlement_forever(
     database: str, settled: Settled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client hears ``done`` though the database is slow; what was used is written when it can be."""
-    monkeypatch.setattr("chatnest.batcher.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("chatnest.ledger.batcher.PATIENCE_SECONDS", 0.05)
 
     async def story() -> None:
         hold = await batcher.reserve(ask())
@@ -373,7 +373,7 @@ def test_more_than_the_queue_holds_is_refused_at_once_and_settlements_never_are(
 
 @on_postgres
 def test_an_idle_process_gives_its_connection_back(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatnest.batcher.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("chatnest.ledger.batcher.IDLE_SECONDS", 0.05)
 
     def backend() -> int:
         with connections[database].cursor() as cursor:
@@ -425,7 +425,7 @@ import asyncio, json, os, sys
 import django
 django.setup()
 from chatnest import ledger
-from chatnest.batcher import batcher
+from chatnest.ledger.batcher import batcher
 from chatnest.ledger import Hold
 from django.db import connections
 from tests.bookkeeping import ask, used

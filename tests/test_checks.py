@@ -13,9 +13,9 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 
 from chatnest import checks, tokens
-from chatnest.batcher import batcher
 from chatnest.conf import NAMES, Settings
 from chatnest.conf import settings as chatnest_settings
+from chatnest.ledger.batcher import batcher
 from chatnest.models import Profile
 
 from .conftest import Configure, EditProfile

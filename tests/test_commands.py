@@ -16,8 +16,8 @@ from django.core.management import ManagementUtility
 from django.db import OperationalError
 from django.utils import timezone
 
-from chatnest import audit, ledger
-from chatnest.ledger import Hold, Reset
+from chatnest import ledger
+from chatnest.ledger import Hold, Reset, audit
 from chatnest.management import base
 from chatnest.management.commands import chatnest_reset_budgets
 from chatnest.models import Account, Adjustment, DailyUsage, Reservation

@@ -16,7 +16,7 @@ import trustme
 import uvloop
 
 from chatnest import connection
-from chatnest.connection import Connection, NotSent, Origin, connect, locate
+from chatnest.provider.connection import Connection, NotSent, Origin, connect, locate
 from chatnest.testing import FakeUpstream
 
 Story = Callable[["Provider"], Awaitable[None]]
@@ -577,7 +577,7 @@ def test_a_proxy_that_does_not_lead_there_means_that_nothing_was_sent(
 
 
 def test_a_key_that_no_header_can_hold_is_never_sent(upstream: FakeUpstream, settings: Any) -> None:
-    from chatnest.upstream import Call, UpstreamUnavailable
+    from chatnest.provider.call import Call, UpstreamUnavailable
 
     settings.CHATNEST = {**settings.CHATNEST, "OPENAI_API_KEY": "sk-a\r\nX-Evil: 1", "UPSTREAM_MAX_RETRIES": 0}
     with pytest.raises(UpstreamUnavailable):

@@ -26,7 +26,7 @@ from django.db import connections, transaction
 from django.test import AsyncRequestFactory
 from django.utils.decorators import async_only_middleware
 
-from chatnest.batcher import batcher
+from chatnest.ledger.batcher import batcher
 from chatnest.models import DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 from chatnest.views import chat

@@ -25,10 +25,10 @@ from django.db.models import F
 from django.utils import timezone
 
 from chatnest import ledger
-from chatnest.audit import verify
-from chatnest.batcher import batcher
 from chatnest.errors import LedgerUnavailable
 from chatnest.ledger import Hold, Reserve
+from chatnest.ledger.audit import verify
+from chatnest.ledger.batcher import batcher
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
 from chatnest.testing import FakeUpstream, Reply
 from project.asgi import application
@@ -55,7 +55,7 @@ def proof(database: str) -> Iterator[None]:
 @pytest.fixture
 def faults(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     # What is put off is tried again soon, so that a story may have many points.
-    monkeypatch.setattr("chatnest.batcher.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("chatnest.ledger.batcher.RETRY_SECONDS", 0.01)
     faults = Faults(database)
 
     async def install() -> None:
@@ -236,7 +236,7 @@ def test_a_hold_that_was_lost_at_midnight_is_given_back_to_the_day_it_came_from(
 def test_a_database_that_goes_down_anywhere_in_a_settlement_gets_it_when_it_is_up(
     database: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatnest.batcher.PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("chatnest.ledger.batcher.PATIENCE_SECONDS", 0.02)
 
     async def story(point: int) -> None:
         (hold,) = await aside(lambda: ledger.apply([ask(of(point))]))
@@ -319,7 +319,7 @@ def test_a_delay_anywhere_in_a_reservation_leaves_no_hold_of_who_did_not_wait(
         delayed.clear(), go_on.clear()
         with monkeypatch.context() as patch:
             if leaving == "out of patience":
-                patch.setattr("chatnest.batcher.ANSWER_SECONDS", 0.02)
+                patch.setattr("chatnest.ledger.batcher.ANSWER_SECONDS", 0.02)
             asking = asyncio.ensure_future(batcher.reserve(ask(of(point))))
             await asyncio.sleep(0)  # it has begun to wait
         noticing = asyncio.ensure_future(asyncio.to_thread(delayed.wait, 10))
@@ -345,7 +345,7 @@ def test_a_delay_anywhere_in_a_reservation_leaves_no_hold_of_who_did_not_wait(
 def test_a_delay_anywhere_in_a_settlement_does_not_lose_it(
     database: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatnest.batcher.PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("chatnest.ledger.batcher.PATIENCE_SECONDS", 0.02)
     go_on = threading.Event()
 
     async def story(point: int) -> None:

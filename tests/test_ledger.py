@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatnest import ledger
-from chatnest.audit import verify
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from chatnest.ledger import Hold, Reset, Stop
+from chatnest.ledger.audit import verify
 from chatnest.models import Account, Adjustment, DailyUsage, RateWindow, Reservation
 
 from .bookkeeping import (

@@ -16,7 +16,7 @@ from django.core.management import call_command
 from django.db import connections
 
 from chatnest import ledger
-from chatnest.audit import verify
+from chatnest.ledger.audit import verify
 from chatnest.limits import DEFAULT_PROFILES
 from chatnest.models import Adjustment, DailyUsage, Profile, RateWindow, Reservation
 from chatnest.testing import FakeUpstream, Reply

@@ -22,7 +22,7 @@ import pytest
 from django.core.management import call_command
 from django.db import connections
 
-from chatnest.audit import verify
+from chatnest.ledger.audit import verify
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
 from chatnest.testing import FakeUpstream, Reply
 from project.env import database as named_by_environment

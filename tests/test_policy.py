@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, connections, transaction
 
-from chatnest.batcher import batcher
+from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_PROFILES, FIELDS
 from chatnest.models import Account, Profile
 from chatnest.policy import Policy

@@ -17,8 +17,8 @@ from django.db import connections
 
 from chatnest.errors import UpstreamError
 from chatnest.models import Reservation
+from chatnest.provider.call import Call
 from chatnest.testing import CHUNK, FakeUpstream, Reply
-from chatnest.upstream import Call
 
 from .benchmarks.processes import Serving, chatnest, url_of
 from .client import HELLO, Client, RawStream

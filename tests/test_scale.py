@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from django.db import connections
 
-from chatnest import audit
+from chatnest.ledger import audit
 from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 

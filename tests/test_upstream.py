@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chatnest.models import DailyUsage, Reservation
-from chatnest.sse import EventDecoder
+from chatnest.provider.events import EventDecoder
 from chatnest.testing import SECRET, FakeUpstream, Reply
 
 from .client import HELLO, Answer, Client

@@ -25,7 +25,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 def inside() -> dict[str, Any]:
-    stream, batcher = sys.modules.get("chatnest.stream"), sys.modules.get("chatnest.batcher")
+    stream, batcher = sys.modules.get("chatnest.stream"), sys.modules.get("chatnest.ledger.batcher")
     return {
         "modules": sorted(sys.modules),
         "tasks": len(asyncio.all_tasks()),

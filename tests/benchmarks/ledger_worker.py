@@ -29,8 +29,8 @@ django.setup()
 from django.db import DatabaseError, connections
 
 from chatnest import ledger
-from chatnest.batcher import batcher
 from chatnest.ledger import Reserve
+from chatnest.ledger.batcher import batcher
 from tests.bookkeeping import ask
 
 WARM_UP_SECONDS = 0.5

@@ -4,7 +4,8 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
-from chatnest import audit, ledger
+from chatnest import ledger
+from chatnest.ledger import audit
 
 from ..base import OperatorCommand, count, days_earlier, positive
 

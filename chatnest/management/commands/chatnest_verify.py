@@ -4,7 +4,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from chatnest import audit
+from chatnest.ledger import audit
 
 from ..base import OperatorCommand, count
 

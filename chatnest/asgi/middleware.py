@@ -1,4 +1,4 @@
-"""Django's own middleware without its threads: put ``chatnest.middleware.`` for the first part of their paths.
+"""Django's own middleware without its threads: put ``chatnest.asgi.middleware.`` for the first part of their paths.
 
 Under ASGI, Django runs each sync method of each middleware in a thread, thirteen hand-overs a request for the
 stack that ``startproject`` writes. These subclasses are the same middleware; they call what only computes right

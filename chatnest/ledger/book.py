@@ -19,9 +19,9 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 
+from ..conf import settings, time_zone
+from ..models import Adjustment, DailyUsage, RateWindow, Reservation
 from .bulk import Rows, Statement, insert, names, run, statement, table, update
-from .conf import settings, time_zone
-from .models import Adjustment, DailyUsage, RateWindow, Reservation
 
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]

@@ -25,12 +25,12 @@ from uuid import UUID
 from django.db import DatabaseError, IntegrityError, transaction
 from django.utils import timezone
 
+from ..conf import settings, time_zone
+from ..errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
+from ..limits import rate_wait
+from ..models import Account, DailyUsage, Reservation
 from .book import LATE, Book, Held
 from .book import today as today  # the ledger's day is its users' too
-from .conf import settings, time_zone
-from .errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
-from .limits import rate_wait
-from .models import Account, DailyUsage, Reservation
 
 logger = logging.getLogger("chatnest.ledger")
 

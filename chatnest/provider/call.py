@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import msgspec
 
-from .conf import settings
+from ..conf import settings
+from ..errors import UpstreamBroken, UpstreamError, UpstreamRateLimited, UpstreamRejected, UpstreamUnavailable
+from ..wires import Message
 from .connection import Connection, NotSent, connect, locate
-from .errors import UpstreamBroken, UpstreamError, UpstreamRateLimited, UpstreamRejected, UpstreamUnavailable
-from .sse import EventDecoder
-from .wires import Message
+from .events import EventDecoder
 
 logger = logging.getLogger("chatnest.upstream")
 

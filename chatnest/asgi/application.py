@@ -14,9 +14,9 @@ from django.core import signals
 from django.db import close_old_connections, reset_queries
 from django.urls import get_resolver
 
-from .connection import tls
+from ..provider.connection import tls
+from ..tokens import warm_up
 from .threads import BorrowedThread
-from .tokens import warm_up
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 

@@ -7,29 +7,18 @@ thread goes back when it is not needed, and its connections are looked after the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from asgiref.sync import SyncToAsync
 from django.db import close_old_connections, connections, reset_queries
 
+from ..ledger.batcher import let_the_loop_go_first
+
 T = TypeVar("T")
 
 IDLE_THREADS: Final = 4
-
-
-def let_the_loop_go_first() -> None:
-    """This thread need not interrupt another that runs: where it would only wait for the interpreter's lock.
-
-    Under load a sixth of a request's CPU was two threads taking the core from each other. Linux only: it knows
-    which threads are batch jobs (https://man7.org/linux/man-pages/man7/sched.7.html).
-    """
-    if hasattr(os, "SCHED_BATCH"):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 ENDS: Final = ThreadPoolExecutor(1, "chatnest-ends", let_the_loop_go_first)

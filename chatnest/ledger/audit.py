@@ -20,10 +20,10 @@ from django.db.models import Case, CharField, Count, F, Q, QuerySet, Sum, TextFi
 from django.db.models.functions import Cast
 from django.utils import timezone
 
-from . import ledger
+from ..conf import settings
+from ..models import Adjustment, DailyUsage, RateWindow, Reservation
+from . import operations
 from .book import Book
-from .conf import settings
-from .models import Adjustment, DailyUsage, RateWindow, Reservation
 
 PRUNED: Final = "pruned"  # the reason of the adjustment that stands for an account's deleted rows of a day
 BATCH: Final = 1000  # rows deleted in a transaction
@@ -154,7 +154,7 @@ def _charge_overdue() -> None:
     """As the ledger does whenever it is asked; where nobody chats, nobody asks it."""
     rows = Reservation.objects.using(settings.DATABASE_ALIAS)
     while overdue := list(rows.overdue(timezone.now()).values_list("id", flat=True)[:BATCH]):
-        ledger.expire(overdue)
+        operations.expire(overdue)
 
 
 # Pruning
@@ -166,7 +166,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
     One adjustment for each account and day stands for what was deleted of it, written in the same
     transaction: every commit can be proven, so it may be interrupted anywhere, and run again.
     """
-    if before > ledger.today():
+    if before > operations.today():
         raise ValueError("Today's rows are in use: only days that are over can be pruned.")
     if not dry_run:
         _charge_overdue()
