@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import tzinfo
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 from django.conf import settings as django_settings
@@ -32,6 +33,7 @@ class Settings:
     TIME_ZONE: str | None = None
     OPENAI_API_KEY: str = ""
     OPENAI_BASE_URL: str = "https://api.openai.com/v1"
+    PROVIDERS: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     HEARTBEAT_SECONDS: float = 15
     MAX_STREAM_SECONDS: float = 300
     FIRST_TOKEN_SECONDS: float = 60
@@ -44,7 +46,11 @@ class Settings:
     LEASE_SECONDS: float = 30
     UPSTREAM_MAX_RETRIES: int = 2
     CLIENT_SYSTEM_MESSAGES: bool = False
+    SHOW_REASONING: bool = False
     MAX_TOKENS_PARAMETER: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def __repr__(self) -> str:
+        return "<the settings in CHATNEST>"  # keys are among them
 
     def __getattribute__(self, name: str) -> Any:
         if not name.isupper():
@@ -58,16 +64,46 @@ class Settings:
         return typed[name]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """One entry of ``PROVIDERS``: an OpenAI-compatible server, and how its models are asked.
+
+    ``client``: a callable, or its dotted path, that returns the AsyncOpenAI to use instead of one made from these.
+    ``unreported``: "held" for a provider that finishes, and bills, an answer that nobody reads any more.
+    """
+
+    name: str
+    api_key: str | Callable[[], Any] = field(default="", repr=False)
+    base_url: str = "https://api.openai.com/v1"
+    organization: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    query: Mapping[str, str] = field(default_factory=dict, repr=False)
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    stream_options: bool = True
+    tokenizer: str | None = None
+    unreported: Literal["learned", "held"] = "learned"
+    client: str | Callable[[], Any] | None = None
+
+    @property
+    def is_openai(self) -> bool:
+        """OpenAI's own servers, which count as its published tokenizers do."""
+        return self.client is None and urlsplit(self.base_url).hostname == "api.openai.com"
+
+
 settings: Final = Settings()
+DEFAULT_PROVIDER: Final = "default"
 NAMES: Final = frozenset(f.name for f in fields(Settings))
 
 
 def complaint(name: str, value: object) -> str | None:
     """What is wrong with ``CHATNEST[name] = value``, or None."""
     is_right, must_be = _RULES[name]
+    if name == "PROVIDERS" and isinstance(value, Mapping):
+        return next(filter(None, map(_provider_complaint, value, value.values())), None)
     if is_right(value):
         return None
-    shown = "what it is" if name == "OPENAI_API_KEY" else repr(value)
+    shown = "what it is" if name in ("OPENAI_API_KEY", "PROVIDERS") else repr(value)
     return f"CHATNEST[{name!r}] must be {must_be}, not {shown}."
 
 
@@ -96,6 +132,17 @@ _SECONDS: Rule = (lambda value: is_number(value) and value > 0, "a number of sec
 _FLAG: Rule = (lambda value: isinstance(value, bool), "True or False")
 _TEXT: Rule = (lambda value: isinstance(value, str), "a string")
 
+_ADDRESS: Rule = (lambda value: _is_address(value), "an address that begins with http:// or https://")
+_CALLABLE: Rule = (lambda value: value is None or isinstance(value, str) or callable(value), "a callable or its path")
+_STRINGS: Rule = (
+    lambda value: _is_dict(value) and all(isinstance(one, str) for one in value.values()),
+    "a dict of strings",
+)
+_CHOICE_OF_PARAMETER: Rule = (
+    lambda value: value in ("max_tokens", "max_completion_tokens"),
+    "'max_tokens' or 'max_completion_tokens'",
+)
+
 _RULES: Final[Mapping[str, Rule]] = {
     "HARD_CAPS": (lambda value: isinstance(value, Mapping), "a dict of limits"),
     "SITE_DAILY_TOKEN_LIMIT": _COUNT,
@@ -107,7 +154,8 @@ _RULES: Final[Mapping[str, Rule]] = {
     "TRUSTED_PROXIES": _COUNT,
     "TIME_ZONE": (lambda value: value is None or _is_zone(value), "the name of a time zone, or None"),
     "OPENAI_API_KEY": _TEXT,
-    "OPENAI_BASE_URL": _TEXT,
+    "OPENAI_BASE_URL": _ADDRESS,
+    "PROVIDERS": (lambda value: isinstance(value, Mapping), "a dict of dicts, each a provider"),
     "HEARTBEAT_SECONDS": _SECONDS,
     "MAX_STREAM_SECONDS": _SECONDS,
     "FIRST_TOKEN_SECONDS": _SECONDS,
@@ -120,11 +168,67 @@ _RULES: Final[Mapping[str, Rule]] = {
     "LEASE_SECONDS": _SECONDS,
     "UPSTREAM_MAX_RETRIES": _COUNT,
     "CLIENT_SYSTEM_MESSAGES": _FLAG,
-    "MAX_TOKENS_PARAMETER": (
-        lambda value: value in ("max_tokens", "max_completion_tokens"),
-        "'max_tokens' or 'max_completion_tokens'",
-    ),
+    "SHOW_REASONING": _FLAG,
+    "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
 }
+_PROVIDER_RULES: Final[Mapping[str, Rule]] = {
+    "API_KEY": (lambda value: isinstance(value, str) or callable(value), "a string, or a callable that returns one"),
+    "BASE_URL": _ADDRESS,
+    "ORGANIZATION": (lambda value: value is None or isinstance(value, str), "a string, or None"),
+    "HEADERS": _STRINGS,
+    "QUERY": _STRINGS,
+    "EXTRA_BODY": (lambda value: _is_dict(value), "a dict"),
+    "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
+    "STREAM_OPTIONS": _FLAG,
+    "TOKENIZER": (lambda value: value is None or isinstance(value, str), "the name of a tokenizer, or None"),
+    "UNREPORTED": (lambda value: value in ("learned", "held"), "'learned' or 'held'"),
+    "CLIENT": _CALLABLE,
+}
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_address(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
+def _provider_complaint(name: object, typed: object) -> str | None:
+    where = f"CHATNEST['PROVIDERS'][{name!r}]"
+    if not isinstance(name, str) or not isinstance(typed, Mapping):
+        return f"{where} must be a dict, under a name that is a string."
+    for key, value in typed.items():
+        if key not in _PROVIDER_RULES:
+            return f"{where}[{key!r}] is not a setting of a provider. Known are {', '.join(_PROVIDER_RULES)}."
+        is_right, must_be = _PROVIDER_RULES[key]
+        if not is_right(value):
+            return f"{where}[{key!r}] must be {must_be}."
+    if name != DEFAULT_PROVIDER and not {"BASE_URL", "CLIENT"} & typed.keys():
+        return f"{where} needs a BASE_URL, or a CLIENT."
+    return None
+
+
+def provider_names() -> frozenset[str]:
+    """What ``Profile.provider`` may be."""
+    return frozenset({DEFAULT_PROVIDER, *settings.PROVIDERS})
+
+
+def provider(name: str) -> Provider:
+    """The provider of that name. Raises ImproperlyConfigured."""
+    typed = settings.PROVIDERS.get(name)
+    if name == DEFAULT_PROVIDER:
+        short = {"API_KEY": settings.OPENAI_API_KEY, "BASE_URL": settings.OPENAI_BASE_URL}
+        typed = {**short, "MAX_TOKENS_PARAMETER": settings.MAX_TOKENS_PARAMETER, **(typed or {})}
+    if typed is None:
+        raise ImproperlyConfigured(f"CHATNEST['PROVIDERS'] has no {name!r}.")
+    return Provider(name=name, **{key.lower(): value for key, value in typed.items()})
 
 
 def time_zone() -> tzinfo:

@@ -94,9 +94,12 @@ class Overloaded(ChatError):
 
 
 class UpstreamError(ChatError):
-    """The model's provider failed. ``billed``: it may have charged for the prompt all the same."""
+    """The model's provider failed.
 
-    billed: ClassVar[bool] = False
+    ``billed``: it may have charged for the prompt, or more, all the same.
+    """
+
+    billed: bool = False
 
 
 class UpstreamTimeout(UpstreamError):
@@ -117,6 +120,18 @@ class UpstreamUnavailable(UpstreamError):
 class UpstreamRejected(UpstreamError):
     code, status = "upstream_rejected", 502
     message = "The AI model did not accept this request."
+
+
+class ContextLengthExceeded(UpstreamError):
+    code, status = "context_length_exceeded", 502
+    message = "This conversation is too long for the model. Start a new one."
+
+
+class UpstreamMisconfigured(UpstreamError):
+    """A wrong key, an unknown model, a parameter it does not know, credit used up: only the operator can mend it."""
+
+    code, status = "upstream_misconfigured", 502
+    message = "The chat is not set up correctly. Its operator has been told."
 
 
 class UpstreamBroken(UpstreamError):
