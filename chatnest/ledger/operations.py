@@ -60,6 +60,7 @@ class Reserve:
 
     budgets: Mapping[str, int]
     profile: str
+    provider: str = "default"
     model: str
     prompt_tokens: int
     max_output_tokens: int
@@ -83,6 +84,7 @@ class Hold:
     id: UUID
     day: date
     budgets: Mapping[str, int]
+    provider: str = "default"
     model: str
     prompt_tokens: int
     output_tokens: int
@@ -259,6 +261,7 @@ def _reserve(book: Book, ask: Reserve) -> Hold:
         id=row.id,
         day=row.day,
         budgets=ask.budgets,
+        provider=ask.provider,
         model=ask.model,
         prompt_tokens=ask.prompt_tokens,
         output_tokens=row.tokens - ask.prompt_tokens,
