@@ -103,7 +103,8 @@ class Chat:
         self._timer: asyncio.TimerHandle | None = None
         self._why: Exception | None = None  # the pump was interrupted
         self._left = self._settled = self._over = False
-        self._began = self._sent = self._heard = 0.0
+        self._began = self._sent = 0.0
+        self._heard = self._spoke = 0.0  # when the provider last sent anything, and when the model did
 
     # The reader's end.
 
@@ -199,13 +200,14 @@ class Chat:
                 self._take(pieces)
                 if self._received.exceeds(limit):
                     self._cut = True
-                    return
+                    return await call.close()
                 await self._wait_for_room()
         except asyncio.CancelledError:
-            why, self._why = self._why, None
+            why = self._why
             if why is None:
                 raise
-            self._pump.uncancel()
+            if self._pump:
+                self._pump.uncancel()
             if not (isinstance(why, _Enough) and self._call):
                 raise why from None
             self._call.answer.end()
@@ -251,9 +253,10 @@ class Chat:
 
     def _take(self, pieces: list[Piece]) -> None:
         answer = self._call.answer  # type: ignore[union-attr]
+        self._heard = self._loop.time()
         if answer.heard > self._deltas:
             self._deltas = answer.heard
-            self._heard = self._loop.time()
+            self._spoke = self._heard
         for kind, text in pieces:
             self._received.add(text)
             if kind is Kind.TEXT:
@@ -304,7 +307,7 @@ class Chat:
             return last, UpstreamTimeout()
         if answer and answer.finish_reason:
             grace = GRACE_SECONDS if answer.report else REPORT_SECONDS
-            return min(last, self._heard + (grace if answer.may_end else settings.GAP_SECONDS)), _Enough()
+            return min(last, self._spoke + (grace if answer.may_end else settings.GAP_SECONDS)), _Enough()
         if answer and answer.heard:
             return min(last, self._heard + settings.GAP_SECONDS), UpstreamTimeout()
         return min(last, self._began + settings.FIRST_TOKEN_SECONDS), UpstreamTimeout()
@@ -344,7 +347,7 @@ class Chat:
         if self._left:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
-            await batcher.settled(self._conclude(_outcome(problem)))
+            await batcher.settled(self._conclude(self._outcome(problem)))
             self._write(chatnest.error(problem))
 
     async def _cancelled(self) -> None:
@@ -352,6 +355,11 @@ class Chat:
             await self._call.close()
         if not self._settled:
             batcher.settle(self._conclude(Outcome.CANCELLED))
+
+    def _outcome(self, problem: ChatError) -> Reservation.Outcome:
+        if problem is not self._why:
+            return Outcome.UPSTREAM_ERROR
+        return Outcome.STOPPED if isinstance(problem, Paused) else Outcome.TIMED_OUT
 
     def _conclude(self, outcome: Reservation.Outcome) -> Settle:
         """The settlement, and all that the chat has is given back."""
@@ -391,12 +399,6 @@ class Chat:
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter and not waiter.done():
         waiter.set_result(None)
-
-
-def _outcome(problem: ChatError) -> Reservation.Outcome:
-    if isinstance(problem, Paused):
-        return Outcome.STOPPED
-    return Outcome.TIMED_OUT if isinstance(problem, UpstreamTimeout) else Outcome.UPSTREAM_ERROR
 
 
 _pumps: Final[set[asyncio.Task[None]]] = set()  # a loop's own references to its tasks are weak

@@ -129,6 +129,15 @@ def edit_profile(database: str) -> EditProfile:
     return edit_profile
 
 
+@pytest.fixture
+def generous(configure: Configure, edit_profile: EditProfile) -> None:
+    """Answers may be of any length: for stories of readers who stall, which fill every buffer on the way."""
+    most = 10**9
+    caps = {"max_output_tokens": most, "max_tokens_per_request": 2 * most, "daily_token_limit": 2 * most}
+    configure(HARD_CAPS=caps, SITE_DAILY_TOKEN_LIMIT=2 * most)
+    edit_profile(**caps)
+
+
 def stalled(upstream: FakeUpstream, seconds: float) -> int:
     """How many pieces the upstream has sent once no more go out for this long: every buffer on the way is full."""
     with suppress(TimeoutError):

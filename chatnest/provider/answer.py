@@ -6,7 +6,7 @@ counts wherever it is put.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 from .chunks import Choice, Chunk, Piece, Report, Usage, decode, loose, loose_usage
 from .events import Event, EventDecoder
@@ -14,8 +14,10 @@ from .events import Event, EventDecoder
 MAX_EVENT_BYTES: Final = 2 * 1024 * 1024
 MAX_STRANGE_BYTES: Final = 64 * 1024  # of a body that is no event stream: for its usage, and for the log
 
+FinishReason = Literal["stop", "length", "content_filter"]
+
 # As the wire names them; what is not here ended as the model meant it to.
-_FINISH_REASONS: Final = {
+_FINISH_REASONS: Final[dict[str, FinishReason]] = {
     "length": "length",
     "max_tokens": "length",  # Gemini's and Anthropic's, through gateways
     "max_output_tokens": "length",
@@ -79,7 +81,7 @@ class Answer:
         self.heard = 0
         self.done = False
         self.error: object = None
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.report: Report | None = None
         self.report_is_whole = True
 

@@ -28,6 +28,7 @@ logger = logging.getLogger("chatnest.upstream")
 
 LINGER_SECONDS: Final = 1  # for the last bytes of an answer whose end is known: then its connection can be used again
 POOL_SECONDS: Final = 1  # for a place in the pool of a client that the site made
+RETRY_WITHIN_SECONDS: Final = 5  # a connection that breaks later may have had the whole work done for it
 REPEAT_SECONDS: Final = 60  # between two lines about the same fault of the operator's
 
 _TIMEOUT: Final = httpx2.Timeout(None, connect=CONNECT_SECONDS, pool=POOL_SECONDS)  # deadlines are the stream's
@@ -81,10 +82,10 @@ class Call:
         began = time.monotonic()
         try:
             maker = client(self._provider)
-            self._response = response = await maker.post(
+            response: Any = await maker.post(
                 _path(maker, self._model),
                 content=self._body,
-                cast_to=httpx2.Response,
+                cast_to=httpx2.Response,  # as it is: a model for each chunk would cost ten times the relay
                 stream=True,
                 stream_cls=AsyncStream[Any],
                 options=self._options(),
@@ -98,10 +99,11 @@ class Call:
                 raise Overloaded(retry_after=1) from None
             return self._unreachable(error.__cause__ or error, time.monotonic() - began)
         except Exception as error:  # a CLIENT that cannot be made, a key that no header may hold
-            words = failures.printable(repr(error))
+            words = failures.printable(repr(error), failures.LOGGED_CHARACTERS)
             return Failure(error=UpstreamMisconfigured(), cause="the client", words=words, retry=False, wait=None)
+        self._response = response
         encoded = response.headers.get("content-encoding", "identity") != "identity"
-        self._received = response.aiter_bytes() if encoded else aiter(response.stream)  # type: ignore[arg-type]
+        self._received = response.aiter_bytes() if encoded else aiter(response.stream)
         return None
 
     def _options(self) -> Any:
@@ -114,9 +116,15 @@ class Call:
     def _unreachable(self, error: BaseException, seconds: float) -> Failure:
         problem = UpstreamUnavailable()
         problem.billed = self._body.sent
-        retry = not problem.billed or seconds < failures.NOT_BILLED_SECONDS
+        retry = not problem.billed or seconds < RETRY_WITHIN_SECONDS
         cause = "the connection broke" if problem.billed else "no connection could be made"
-        return Failure(error=problem, cause=cause, words=failures.printable(repr(error)), retry=retry, wait=None)
+        return Failure(
+            error=problem,
+            cause=cause,
+            words=failures.printable(repr(error), failures.LOGGED_CHARACTERS),
+            retry=retry,
+            wait=None,
+        )
 
     async def read(self) -> list[Piece] | None:
         """What has come since, perhaps nothing; None at the end. Raises UpstreamError where the answer has failed."""
@@ -133,12 +141,13 @@ class Call:
         return None
 
     async def _feed(self) -> list[Piece]:
-        assert self._received
         try:
-            received = await anext(self._received, b"")
+            received = await self._next()
         except Exception as error:  # of whatever transport the site's client has
             if not self.answer.may_end:
-                logger.warning("The provider broke off: %s", failures.printable(repr(error)))
+                logger.warning(
+                    "The provider broke off: %s", failures.printable(repr(error), failures.LOGGED_CHARACTERS)
+                )
             return self.answer.end(cut=True)
         return self.answer.feed(received) if received else self.answer.end()
 
@@ -146,6 +155,10 @@ class Call:
         """Raises UpstreamError if the answer has failed."""
         if self.answer.error is not None:
             raise self._logged(failures.said(self.answer.error))
+
+    async def _next(self) -> bytes:
+        assert self._received
+        return await anext(self._received, b"")
 
     async def close(self) -> None:
         """Close the connection; its socket too, unless the answer was read to its end."""
@@ -159,7 +172,7 @@ class Call:
     async def _read_out(self) -> None:
         with suppress(Exception):
             async with asyncio.timeout(LINGER_SECONDS):
-                while self._received and await anext(self._received, b""):
+                while await self._next():
                     pass
 
     def _logged(self, failure: Failure) -> UpstreamError:

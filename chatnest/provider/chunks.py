@@ -62,13 +62,14 @@ class Usage(msgspec.Struct, gc=False):
         """The largest of each field: some report in two halves, others more with each chunk."""
         prompt = max(before.prompt_tokens, _sane(self.prompt_tokens), _sane(self.input_tokens))
         completion = max(before.completion_tokens, _sane(self.completion_tokens), _sane(self.output_tokens))
-        of_completion, of_prompt = self.completion_tokens_details, self.prompt_tokens_details
+        of_completion = self.completion_tokens_details or _Details()
+        of_prompt = self.prompt_tokens_details or _Details()
         return Report(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=max(before.total_tokens, _sane(self.total_tokens), prompt + completion),
-            reasoning_tokens=max(before.reasoning_tokens, _sane(of_completion and of_completion.reasoning_tokens)),
-            cached_tokens=max(before.cached_tokens, _sane(of_prompt and of_prompt.cached_tokens)),
+            reasoning_tokens=max(before.reasoning_tokens, _sane(of_completion.reasoning_tokens)),
+            cached_tokens=max(before.cached_tokens, _sane(of_prompt.cached_tokens)),
         )
 
 

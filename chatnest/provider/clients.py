@@ -33,7 +33,7 @@ class Client(AsyncOpenAI):
             **provider.headers,
         }
         super().__init__(
-            api_key=_awaitable(provider.api_key),
+            api_key=_awaitable(provider.api_key) or "none",  # it wants one; ``Call`` leaves the header out
             base_url=urlunsplit(parts._replace(query="")),
             default_query={**dict(parse_qsl(parts.query)), **provider.query},
             max_retries=0,
@@ -84,10 +84,12 @@ def client(provider: Provider) -> AsyncOpenAI:
         clients = _Clients()
         keeper = _closed_with_loop(clients)
         _clients[loop] = clients, keeper
-        loop.create_task(_begin(keeper))
+        _beginnings.add(begin := loop.create_task(_begin(keeper)))
+        begin.add_done_callback(_beginnings.discard)
     return _clients[loop][0].client(provider)
 
 
+_beginnings: Final[set[asyncio.Task[None]]] = set()
 _clients: Final[dict[asyncio.AbstractEventLoop, tuple[_Clients, AsyncGenerator[None]]]] = {}
 
 
