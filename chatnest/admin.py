@@ -103,7 +103,8 @@ class ReservationAdmin(LedgerAdmin):
 
 @admin.register(Adjustment)
 class AdjustmentAdmin(LedgerAdmin):
-    list_display = ("created_at", "day", "account", "tokens", "reason", "actor")
+    list_display = ("created_at", "day", "account", "tokens", "kind", "reason", "actor")
+    list_filter = ("kind",)
     search_fields = ("account", "reason", "actor")
 
 

@@ -263,17 +263,29 @@ class Reservation(models.Model):
 
 
 class Adjustment(models.Model):
-    """A correction of one account's day, beside the charges: a reset, or a settlement that came late."""
+    """A correction of one account's day, beside the charges. What it means is its kind; the reason is for people."""
+
+    class Kind(models.TextChoices):
+        FORGIVEN = "forgiven"  # an operator's reset
+        LATE = "late"  # a settlement after its hold was charged
+        PRUNED = "pruned"  # stands for the account's deleted rows of the day
+        GRANTED = "granted"  # an operator's gift for the day
 
     day = models.DateField()
     account = models.CharField(max_length=ACCOUNT_LENGTH)
     tokens = models.BigIntegerField()
-    reason = models.CharField(max_length=200)
+    kind = models.CharField(max_length=10, choices=Kind.choices)
+    reason = models.CharField(max_length=200, blank=True)
     actor = models.CharField(max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself."))
     created_at = models.DateTimeField()
 
     class Meta:
         ordering = ["-created_at"]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(kind__in=["forgiven", "late", "pruned", "granted"]), name="chatnest_known_kind"
+            )
+        ]
         indexes = [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")]
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final
@@ -17,6 +18,7 @@ from uuid import UUID
 import msgspec
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Max, Q
 from django.utils import timezone
 
 from ..conf import settings, time_zone
@@ -26,8 +28,7 @@ from .bulk import Rows, Statement, insert, names, run, statement, table, update
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
 Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
-LATE: Final = "settled late"  # how the reason of such an adjustment begins
-State, UsageSource = Reservation.State, Reservation.UsageSource
+State, UsageSource, Kind = Reservation.State, Reservation.UsageSource, Adjustment.Kind
 
 
 class Held(msgspec.Struct, eq=False):
@@ -95,6 +96,7 @@ class Book:
         self._posted: set[Key] = set()
         self._counted: Counter[tuple[date, Rate]] = Counter()
         self._adjustments: list[dict[str, Any]] = []
+        self._forgiven_now: set[Key] = set()
         self._read(sorted(set(keys)), sorted(set(ids)))
 
     # Reading: all in one round trip, the locks first.
@@ -199,13 +201,19 @@ class Book:
         this, last = self._rates[payer, seconds]
         return this, last, (self.now - self._windows(seconds)[0]).total_seconds() / seconds
 
-    def was_reset(self, day: date, account: str, since: datetime | None) -> bool:
-        """Whether what the account had used by then was forgiven: all adjustments but late ones are resets."""
-        earlier = Adjustment.objects.using(self._alias).filter(day=day, account=account, created_at__gte=since)
-        return earlier.exclude(reason__startswith=LATE).exists() or any(
-            (row["day"], row["account"]) == (day, account) and not row["reason"].startswith(LATE)
-            for row in self._adjustments
-        )
+    def was_forgiven(self, day: date, account: str, since: datetime) -> bool:
+        """Whether what the account had used by then was forgiven."""
+        key = day, account
+        return key in self._forgiven_now or (key in self._forgiven and self._forgiven[key] >= since)
+
+    @cached_property
+    def _forgiven(self) -> dict[Key, datetime]:
+        """When each account was last forgiven anything. Few transactions ask; one that does asks for all it opened."""
+        chosen = Q(pk__in=())
+        for day, of_day in groupby(sorted(self._usage), itemgetter(0)):
+            chosen |= Q(day=day, account__in=[account for _, account in of_day])
+        rows = Adjustment.objects.using(self._alias).filter(chosen, kind=Kind.FORGIVEN).order_by()
+        return {(day, name): at for day, name, at in rows.values_list("day", "account").annotate(Max("created_at"))}
 
     # Changing.
 
@@ -235,15 +243,20 @@ class Book:
         self._rates[payer, seconds][0] += 1
         self._counted[day, (payer, seconds)] += 1
 
-    def adjust(self, day: date, account: str, tokens: int, *, reason: str, actor: str = "") -> None:
+    def adjust(
+        self, day: date, account: str, tokens: int, kind: Adjustment.Kind, *, reason: str = "", actor: str = ""
+    ) -> None:
         """Correct a day's use beside its charges."""
         if tokens:
             self.post(day, account, tokens_used=tokens)
+            if kind == Kind.FORGIVEN:
+                self._forgiven_now.add((day, account))
             self._adjustments.append(
                 {
                     "day": day,
                     "account": account,
                     "tokens": tokens,
+                    "kind": kind.value,
                     "reason": reason,
                     "actor": actor,
                     "created_at": self.now,

@@ -28,8 +28,8 @@ from django.utils import timezone
 from ..conf import settings, time_zone
 from ..errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from ..limits import rate_wait
-from ..models import Account, DailyUsage, Reservation
-from .book import LATE, Book, Held
+from ..models import Account, Adjustment, DailyUsage, Reservation
+from .book import Book, Held
 from .book import today as today  # the ledger's day is its users' too
 
 logger = logging.getLogger("chatnest.ledger")
@@ -37,6 +37,7 @@ logger = logging.getLogger("chatnest.ledger")
 MOST_OVERDUE: Final = 500
 
 State, Outcome, UsageSource = Reservation.State, Reservation.Outcome, Reservation.UsageSource
+Kind = Adjustment.Kind
 
 
 class CommitUnknown(DatabaseError):
@@ -316,10 +317,11 @@ def _settle_late(book: Book, row: Held, ask: Settle) -> None:
     """The hold is charged already: correct it beside the charge, once, for its source is no longer held."""
     row.usage_source = ask.source.value
     _record(book, row, ask)
+    assert row.settled_at
     correction = ask.total_tokens - row.tokens_charged
     for account in row.accounts:
-        if correction > 0 or not book.was_reset(row.day, account, since=row.settled_at):
-            book.adjust(row.day, account, correction, reason=f"{LATE}: {row.id}")
+        if correction > 0 or not book.was_forgiven(row.day, account, since=row.settled_at):
+            book.adjust(row.day, account, correction, Kind.LATE, reason=str(row.id))
 
 
 def _write_again(book: Book, hold: Hold) -> Held:
@@ -363,5 +365,5 @@ def _resolve(
 
 def _reset(book: Book, ask: Reset) -> int:
     used = book.used(ask.day, ask.account)
-    book.adjust(ask.day, ask.account, -used, reason=ask.reason, actor=ask.actor)
+    book.adjust(ask.day, ask.account, -used, Kind.FORGIVEN, reason=ask.reason, actor=ask.actor)
     return used
