@@ -22,8 +22,9 @@ from django.utils import timezone
 
 from ..conf import settings
 from ..models import Adjustment, DailyUsage, RateWindow, Reservation
-from . import operations
+from . import leases
 from .book import Book
+from .days import today
 
 BATCH: Final = 1000  # rows deleted in a transaction
 MANY: Final = 10_000  # accounts repaired in a transaction, which reads the day once more
@@ -154,7 +155,7 @@ def _charge_overdue() -> None:
     """As the ledger does whenever it is asked; where nobody chats, nobody asks it."""
     rows = Reservation.objects.using(settings.DATABASE_ALIAS)
     while overdue := list(rows.overdue(timezone.now()).values_list("id", flat=True)[:BATCH]):
-        operations.expire(overdue)
+        leases.expire(overdue)
 
 
 # Pruning
@@ -166,7 +167,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
     One adjustment for each account and day stands for what was deleted of it, written in the same
     transaction: every commit can be proven, so it may be interrupted anywhere, and run again.
     """
-    if before > operations.today():
+    if before > today():
         raise ValueError("Today's rows are in use: only days that are over can be pruned.")
     if not dry_run:
         _charge_overdue()
@@ -196,8 +197,8 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
 
 def _unsettled() -> Q:
     """Open, or charged in full for want of a settlement that may only be late."""
-    held = Q(usage_source=Reservation.UsageSource.HELD, expires_at__gt=timezone.now() - GRACE)
-    return Q(state=Reservation.State.OPEN) | held
+    awaited = Q(usage_source=Reservation.UsageSource.HELD, prompt_tokens=0, completion_tokens=0)
+    return Q(state=Reservation.State.OPEN) | awaited & Q(expires_at__gt=timezone.now() - GRACE)
 
 
 def _passed() -> Q:

@@ -21,9 +21,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Max, Q
 from django.utils import timezone
 
-from ..conf import settings, time_zone
-from ..models import Adjustment, DailyUsage, RateWindow, Reservation
+from ..conf import settings
+from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
 from .bulk import Rows, Statement, insert, names, run, statement, table, update
+from .operations import Lesson
 
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
@@ -48,6 +49,11 @@ class Held(msgspec.Struct, eq=False):
     settled_at: datetime | None = None
     is_overdue: bool = False
 
+    @property
+    def awaits_settlement(self) -> bool:
+        """Charged by its lease or an operator, for want of a settlement, which would have recorded its tokens."""
+        return self.usage_source == UsageSource.HELD and not (self.prompt_tokens or self.completion_tokens)
+
 
 class Usage(msgspec.Struct, eq=False):
     """A usage row."""
@@ -62,17 +68,27 @@ class Usage(msgspec.Struct, eq=False):
 
 
 _COUNTERS: Final = Usage.__struct_fields__[2:]
+_NOTHING_LEARNED: Final = {
+    "reports": 0,
+    "prompt_excess": 0,
+    "completion_excess": 0,
+    "reasons_unseen": False,
+    "ignores_max_tokens": False,
+}
 _HELD: Final = Held.__struct_fields__[:-1]
 _RESOLUTION: Final = ("id", *_HELD[5:])
+_EVER_MORE: Final = """ON CONFLICT ("provider", "model") DO UPDATE SET
+    "reports" = {row}."reports" + excluded."reports",
+    "prompt_excess" = {greatest}({row}."prompt_excess", excluded."prompt_excess"),
+    "completion_excess" = {greatest}({row}."completion_excess", excluded."completion_excess"),
+    "reasons_unseen" = {row}."reasons_unseen" OR excluded."reasons_unseen",
+    "ignores_max_tokens" = {row}."ignores_max_tokens" OR excluded."ignores_max_tokens",
+    "updated_at" = excluded."updated_at"
+"""
 _ONE_MORE: Final = (
     'ON CONFLICT ("account", "window_start", "window_seconds", "day") '
     f'DO UPDATE SET "count" = {table(RateWindow)}."count" + excluded."count"'
 )
-
-
-def today(now: datetime | None = None) -> date:
-    """The budget's day: the local date, so a day has 23 or 25 hours where clocks change."""
-    return timezone.localdate(now, time_zone())
 
 
 class Book:
@@ -97,6 +113,8 @@ class Book:
         self._counted: Counter[tuple[date, Rate]] = Counter()
         self._adjustments: list[dict[str, Any]] = []
         self._forgiven_now: set[Key] = set()
+        self._learned: dict[tuple[str, str], dict[str, Any]] = {}
+        self.after_commit: list[Callable[[], object]] = []
         self._read(sorted(set(keys)), sorted(set(ids)))
 
     # Reading: all in one round trip, the locks first.
@@ -173,6 +191,11 @@ class Book:
     @property
     def _connection(self) -> BaseDatabaseWrapper:
         return connections[self._alias]
+
+    @property
+    def _ever_more(self) -> str:
+        greatest = "GREATEST" if self._connection.vendor == "postgresql" else "max"
+        return _EVER_MORE.format(row=table(Calibration), greatest=greatest)
 
     @property
     def _for_update(self) -> str:
@@ -263,6 +286,17 @@ class Book:
                 }
             )
 
+    def learn(self, lesson: Lesson) -> None:
+        """Add to what is known of a model: counts add up, excesses grow, a flag once raised stays."""
+        key = lesson.provider, lesson.model
+        known = self._learned.setdefault(key, {"provider": key[0], "model": key[1], **_NOTHING_LEARNED})
+        known["reports"] += lesson.reported
+        for excess in ("prompt_excess", "completion_excess"):
+            known[excess] = max(known[excess], getattr(lesson, excess))
+        for flag in ("reasons_unseen", "ignores_max_tokens"):
+            known[flag] = known[flag] or getattr(lesson, flag)
+        known["updated_at"] = self.now
+
     def write(self) -> None:
         """All in one round trip."""
         opened = [{**_columns(self.reservations[id], _HELD), **more} for id, more in self._inserted.items()]
@@ -278,6 +312,7 @@ class Book:
             }
             for (day, (payer, seconds)), count in self._counted.items()
         ]
+        learned = [row for _, row in sorted(self._learned.items())]
         run(
             self._alias,
             [
@@ -286,6 +321,7 @@ class Book:
                 *update(self._alias, DailyUsage, posted, by=("day", "account")),
                 *insert(self._alias, RateWindow, counted, _ONE_MORE),
                 *insert(self._alias, Adjustment, self._adjustments),
+                *insert(self._alias, Calibration, learned, self._ever_more),
             ],
         )
 
