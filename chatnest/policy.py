@@ -6,14 +6,14 @@ Each process reads it anew at most every two seconds, and only when a request ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from .accounts import SITE
 from .conf import settings
 from .errors import Paused
 from .limits import DEFAULT_MODEL, DEFAULT_PROFILES, FIELDS, Limits, Tightening, clamp, hard_caps, tighten
-from .models import Account, Profile
+from .models import Account, Calibration, Profile
 
 FRESH_SECONDS: Final = 2.0
 
@@ -31,10 +31,11 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All profiles by name, and the accounts that have a row."""
+    """All profiles by name, the accounts that have a row, and what is known of (provider, model)."""
 
     profiles: Mapping[str, Profile]
     accounts: Mapping[str, Account]
+    calibrations: Mapping[tuple[str, str], Calibration] = field(default_factory=dict)
 
     @classmethod
     def read(cls) -> Policy:
@@ -43,7 +44,8 @@ class Policy:
         for name, limits in DEFAULT_PROFILES.items():
             profiles.setdefault(name, default_profile(name, limits))
         accounts = Account.objects.using(alias).select_related("profile")
-        return cls(profiles, {row.name: row for row in accounts})
+        calibrations = {(row.provider, row.model): row for row in Calibration.objects.using(alias)}
+        return cls(profiles, {row.name: row for row in accounts}, calibrations)
 
     def terms(self, accounts: Sequence[str], asked: str, request: Tightening | None = None) -> Terms:
         """The terms for a request of ``accounts`` (the payer first) that asked for a profile. Raises Paused."""

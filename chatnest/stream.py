@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, Self
 
-from .conf import settings
+from .conf import provider, settings
 from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
 from .ledger import Hold, Reserve, Settle, new_id, today
 from .ledger.batcher import batcher
+from .ledger.charges import Billed, Received, Report, most_received, settlement
 from .models import Reservation
 from .provider.call import Call
 from .provider.chunks import Kind, Piece
@@ -94,6 +95,7 @@ class Chat:
         self._pump: asyncio.Task[None] | None = None
         self._call: Call | None = None
         self._received = Counter(hold.model)
+        self._reasoning = Counter(hold.model)  # the part of it that was shown
         self._pieces = self._deltas = 0
         self._cut = False  # at its allowance, which the provider ignored
         self._unread = bytearray()
@@ -195,7 +197,7 @@ class Chat:
         """The answer, to its end. Raises ChatError where it has none, and CancelledError if nobody reads it."""
         try:
             call = await self._open()
-            limit = self.hold.output_tokens + self.hold.output_tokens // 4 + 16
+            limit = most_received(self.hold.output_tokens)
             while (pieces := await call.read()) is not None:
                 self._take(pieces)
                 if self._received.exceeds(limit):
@@ -261,8 +263,10 @@ class Chat:
             self._received.add(text)
             if kind is Kind.TEXT:
                 self._unread += chatnest.token(text)
-            elif kind is Kind.REASONING and settings.SHOW_REASONING:
-                self._unread += chatnest.reasoning(text)
+            elif kind is Kind.REASONING:
+                self._reasoning.add(text)
+                if settings.SHOW_REASONING:
+                    self._unread += chatnest.reasoning(text)
         self._pieces += len(pieces)
         if self._left:
             self._unread.clear()
@@ -371,23 +375,27 @@ class Chat:
         return self._settlement(outcome)
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
-        call, hold = self._call, self.hold
-        source, prompt, completion, total = UsageSource.NONE, 0, 0, 0
-        if call and call.billed:
-            received = max(self._received.total, self._pieces)
-            prompt, completion = hold.prompt_tokens, received
-            source, total = UsageSource.COUNTED, prompt + completion
-            if (report := call.answer.report) and (call.answer.report_is_whole or report.total_tokens >= total):
-                source, prompt = UsageSource.REPORTED, report.prompt_tokens or prompt
-                completion = report.completion_tokens
-                total = max(report.total_tokens, prompt + completion)
-        return Settle(
-            hold=hold,
-            outcome=outcome,
-            source=source,
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=total,
+        calibration = batcher.calibration(self.hold.provider, self.hold.model)
+        return settlement(self.hold, outcome, self._what_came(), calibration, provider(self.hold.provider).unreported)
+
+    def _what_came(self) -> Received:
+        call = self._call
+        if not (call and call.billed):
+            return Received(billed=Billed.NOTHING)
+        answer = call.answer
+        return Received(
+            billed=Billed.PROMPT if call.refused else Billed.ANSWER,
+            tokens=max(self._received.total, self._pieces),
+            reasoning_tokens=self._reasoning.total,
+            ended=answer.ended,
+            report=answer.report
+            and Report(
+                prompt_tokens=answer.report.prompt_tokens,
+                completion_tokens=answer.report.completion_tokens,
+                total_tokens=answer.report.total_tokens,
+                reasoning_tokens=answer.report.reasoning_tokens,
+            ),
+            report_is_last=answer.report_is_whole,
         )
 
     def _give_up_reader(self) -> None:

@@ -53,7 +53,7 @@ class Answer:
     ``finish_reason``: ``stop``, ``length`` or ``content_filter``, once the model gave one.
     ``report``: the largest of each field that was reported; ``report_is_whole`` unless output followed it.
     ``error``: what the provider said where it failed: read on for its usage, but nothing is an answer any more.
-    ``done``: ``[DONE]``, or its like. ``heard``: how often the model gave a sign of life.
+    ``done``: no more is read. ``ended``: it was not cut before the provider had said all. ``heard``: how often the model gave a sign of life.
     """
 
     __slots__ = (
@@ -64,6 +64,7 @@ class Answer:
         "_strange",
         "_text_was_unfinished",
         "done",
+        "ended",
         "error",
         "finish_reason",
         "heard",
@@ -79,7 +80,7 @@ class Answer:
         self._last_text_was_finished = False  # it came in one chunk with a finish reason
         self._text_was_unfinished = False  # some did not
         self.heard = 0
-        self.done = False
+        self.done = self.ended = False
         self.error: object = None
         self.finish_reason: FinishReason | None = None
         self.report: Report | None = None
@@ -103,6 +104,7 @@ class Answer:
         if self.done:
             return []
         pieces = [] if cut else self._take(self._events.end())
+        self.ended = self.ended or not cut or self._is_whole(cut)
         if not self.done and self.error is None and not self._is_whole(cut):
             self._fail(self._not_a_stream() or ("the connection was cut" if cut else "it ended before its end"))
         self.done = True
@@ -140,7 +142,7 @@ class Answer:
             if name == b"error":
                 self._fail(loose(data))
             elif data[:6] == b"[DONE]" or data.strip() == b"[DONE]":
-                self.done = True
+                self.done = self.ended = True
                 break
             else:
                 for chunk in decode(data):

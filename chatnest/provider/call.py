@@ -44,7 +44,7 @@ _encode = msgspec.json.Encoder().encode
 class Call:
     """``open`` it, ``read`` until None, ``close`` it; by one task only.
 
-    ``answer`` is what was said. ``retry_in``: after open has failed, in how many seconds the same may be asked
+    ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: then, in how many seconds the same may be asked
     again, or None. ``max_tokens``: the answer's allowance.
     """
 
@@ -57,14 +57,15 @@ class Call:
         self._body = Body(b"")
         self._response: httpx2.Response | None = None
         self._received: AsyncIterator[bytes] | None = None
-        self._refused = False
+        self.refused = False
+        self._not_billed = False
         self.answer = Answer()
         self.retry_in: float | None = None
 
     @property
     def billed(self) -> bool:
         """Whether the provider may charge for it: it was sent, and not refused in a way that says otherwise."""
-        return self._body.sent and not self._refused
+        return self._body.sent and not self._not_billed
 
     async def open(self) -> None:
         """Send the request and wait for the answer's head. Raises UpstreamError and Overloaded."""
@@ -73,7 +74,7 @@ class Call:
             _without_stream_options.add(_key(self._provider))
             failure = await self._post()
         if failure:
-            self._refused = not failure.error.billed
+            self.refused, self._not_billed = True, not failure.error.billed
             self.retry_in = failure.wait or 0.0 if failure.retry else None
             raise self._logged(failure)
 
