@@ -24,7 +24,7 @@ from .conf import provider, settings
 from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
 from .ledger import Hold, Reserve, Settle, new_id, today
 from .ledger.batcher import batcher
-from .ledger.charges import Billed, Received, Report, most_received, settlement
+from .ledger.charges import Billed, Received, most_received, settlement
 from .models import Reservation
 from .provider.call import Call
 from .provider.chunks import Kind, Piece
@@ -388,13 +388,7 @@ class Chat:
             tokens=max(self._received.total, self._pieces),
             reasoning_tokens=self._reasoning.total,
             ended=answer.ended,
-            report=answer.report
-            and Report(
-                prompt_tokens=answer.report.prompt_tokens,
-                completion_tokens=answer.report.completion_tokens,
-                total_tokens=answer.report.total_tokens,
-                reasoning_tokens=answer.report.reasoning_tokens,
-            ),
+            report=answer.report,
             report_is_last=answer.report_is_whole,
         )
 

@@ -77,7 +77,8 @@ def test_the_wire_is_chat_nests_to_the_byte(client: Client, upstream: FakeUpstre
         "event: start\ndata: \n\n"
         'event: token\ndata: "Hi"\n\n'
         "event: usage\n"
-        'data: {"promptTokens":12,"completionTokens":1,"totalTokens":13,"remainingToday":69987,"finishReason":"stop","droppedMessages":0}\n\n'
+        'data: {"promptTokens":12,"completionTokens":1,"totalTokens":13,"remainingToday":69987,'
+        '"finishReason":"stop","droppedMessages":0}\n\n'
         "event: done\ndata: \n\n"
     )
 

@@ -53,7 +53,8 @@ class Answer:
     ``finish_reason``: ``stop``, ``length`` or ``content_filter``, once the model gave one.
     ``report``: the largest of each field that was reported; ``report_is_whole`` unless output followed it.
     ``error``: what the provider said where it failed: read on for its usage, but nothing is an answer any more.
-    ``done``: no more is read. ``ended``: it was not cut before the provider had said all. ``heard``: how often the model gave a sign of life.
+    ``done``: no more is read. ``ended``: it was not cut before the provider had said all.
+    ``heard``: how often the model gave a sign of life.
     """
 
     __slots__ = (

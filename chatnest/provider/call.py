@@ -42,10 +42,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Call:
-    """``open`` it, ``read`` until None, ``close`` it; by one task only.
+    """``open`` it, ``read`` until None, ``close`` it; by one task only. ``max_tokens``: the answer's allowance.
 
-    ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: then, in how many seconds the same may be asked
-    again, or None. ``max_tokens``: the answer's allowance.
+    ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: in how many seconds the same may then be
+    asked again, or None.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ Piece = tuple[Kind, str]
 _TEXT_KIND: Final = Kind.TEXT  # an enum's attributes are slow to find
 
 
-class Report(msgspec.Struct, frozen=True):
-    """What the provider says that it charges, in tokens."""
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What the provider says that it charges, in tokens: the largest of each field over a stream."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
