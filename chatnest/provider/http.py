@@ -17,7 +17,6 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
-from yarl import URL
 
 CONNECT_SECONDS: Final = 10
 KEEP_ALIVE_SECONDS: Final = 4  # less than uvicorn's 5: a request that meets a closing connection counts as billed
@@ -66,15 +65,14 @@ class HTTPClient(httpx2.AsyncClient):
         return request
 
     async def send(self, request: httpx2.Request, **given: Any) -> httpx2.Response:
-        url = _url(str(request.url))
         try:
             response = await self._session.request(
                 request.method,
-                url,
+                str(request.url),
                 headers=request.headers.multi_items(),
                 data=request.extensions["body"],
                 allow_redirects=False,  # the key is for this host only
-                proxy=_proxy(url.scheme, url.host or ""),
+                proxy=_proxy(request.url.scheme, request.url.host),
             )
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise httpx2.ConnectError(str(error) or repr(error), request=request) from error
@@ -119,11 +117,6 @@ class _Received(httpx2.AsyncByteStream):
 @lru_cache(maxsize=64)
 def _parsed(url: str) -> httpx2.URL:
     return httpx2.URL(url)
-
-
-@lru_cache(maxsize=64)
-def _url(url: str) -> URL:
-    return URL(url, encoded=True)
 
 
 @cache
