@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final, NamedTuple
 
@@ -55,23 +54,23 @@ class Failure:
 class _Meaning(NamedTuple):
     cause: str
     error: type[UpstreamError]
-    codes: str = ""  # lower case: the whole of a body's code, type, status or reason
-    words: str = ""  # a pattern; gaps in it are bounded, so that no body makes it slow
+    codes: str = ""  # the whole of a body's code, type, status or reason, in lower case
+    words: str = ""  # a pattern, in lower case; gaps in it are bounded, so that no body makes it slow
 
 
 _QUOTA: Final = _Meaning(
     "quota used up",
     UpstreamMisconfigured,
-    "402 insufficient_quota billing_hard_limit_reached billing_not_active account_deactivated billing_error arrearage"
-    " exceeded_current_quota_error budget_exceeded credit_balance_exhausted personal-team-blocked:spending-limit",
-    r"insufficient[ _](?:\w{1,12}[ _])?(?:quota|balance|credit|fund)|payment required|(?:余额|额度)(?:不足|已用尽)"
+    "402 insufficient_quota billing_not_active billing_error arrearage exceeded_current_quota_error budget_exceeded"
+    " credit_balance_exhausted",
+    r"insufficient[ _](?:\w{1,12}[ _])?(?:quota|balance|credit|fund)|(?:余额|额度)(?:不足|已用尽)"
     r"|exceeded your current quota(?![\s\S]{0,2000}retry in)"  # Gemini says this of a minute's limit too
     r"|quota exceeded for metric[^\n]{0,120}limit: 0\b"
-    r"|(?:requests?|tokens?|models?|limit|quota)[ \w-]{0,20}per[ _-]?day|bymodelbyday|daily (?:\w+ )?(?:limit|quota)"
+    r"|(?:requests?|tokens?|models?|limit|quota)[ \w-]{0,20}per[ _-]?day|bymodelbyday"
     r"|(?:spend|spending|billing|usage|credit|budget|key|monthly)[ _-](?:hard[ _-])?limit"
     r"|budget has been exceeded|(?:over|crossed|exceeded) ?budget"
-    r"|credit balance|(?:out of|all available|more|purchase|included) credits|credits? (?:exhausted|depleted)"
-    r"|account[^.\n]{0,40}(?:suspended|deactivated|not active|overdue|good standing)",
+    r"|credit balance|(?:out of|all available|more|purchase|included) credits"
+    r"|account[^.\n]{0,40}(?:suspended|deactivated|not active|good standing)",
 )
 _TOO_LONG: Final = _Meaning(
     "conversation too long",
@@ -88,8 +87,8 @@ _CONTENT: Final = _Meaning(
     "content policy",
     UpstreamRejected,
     "content_filter responsibleaipolicyviolation data_inspection_failed datainspectionfailed sensitive",
-    r"content[ _](?:management )?(?:policy|filter)|usage polic(?:y|ies)|safety system|inappropriate content"
-    r"|(?:input|prompt|request) was flagged|flagged as|content exists risk",
+    r"content[ _](?:management )?(?:policy|filter)|usage policy|safety system|inappropriate content"
+    r"|(?:input|prompt|request) was flagged|content exists risk",
 )
 _KEY: Final = _Meaning(
     "wrong key",
@@ -104,7 +103,7 @@ _MODEL: Final = _Meaning(
     "404 model_not_found model_decommissioned model_not_available model_not_supported deploymentnotfound"
     " operationnotsupported",
     r"model[^\n]{0,100}?(?:not[ _](?:found|exist)|does not exist|has been decommissioned)|not a valid model"
-    r"|(?:invalid|unknown|unsupported|no such)[ _]model|no endpoints found|no models? loaded",
+    r"|(?:invalid|unknown|unsupported|no such)[ _]model|no endpoints found|no models loaded",
 )
 _FORBIDDEN: Final = _Meaning(
     "not permitted",
@@ -115,10 +114,9 @@ _FORBIDDEN: Final = _Meaning(
 _PARAMETER: Final = _Meaning(
     "unsupported parameter",
     UpstreamMisconfigured,
-    "unsupported_parameter unknown_parameter unsupported_value extra_forbidden not_supported_error"
-    " missingapiversionparameter",
+    "unsupported_parameter unknown_parameter unsupported_value extra_forbidden not_supported_error",
     r"\b(?:unsupported|unknown|unrecogni[sz]ed|unexpected|additional|extra)[ _](?:request |keyword )?"
-    r"(?:parameter|argument|field|propert|input|value|name)"
+    r"(?:parameter|argument|field|propert|name)|extra inputs"
     r"|\b(?:argument|parameter|field)s?\b[^.\n]{0,60}not (?:supported|permitted|allowed)"
     r"|api[ _-]?versions?\b[^\n]{0,60}?(?:not supported|is required|and later)",
 )
@@ -131,7 +129,7 @@ _BROKEN: Final = _Meaning("broken off", UpstreamBroken)
 
 _KNOWN: Final = (_QUOTA, _TOO_LONG, _CONTENT, _KEY, _MODEL, _FORBIDDEN, _PARAMETER, _RATE, _TIMEOUT)
 _BY_CODE: Final = {code: meaning for meaning in _KNOWN for code in meaning.codes.split()}
-_BY_WORDS: Final = [(meaning, re.compile(meaning.words, re.IGNORECASE)) for meaning in _KNOWN]
+_BY_WORDS: Final = [(meaning, re.compile(meaning.words)) for meaning in _KNOWN]
 _BY_STATUS: Final = (
     {401: _KEY, 402: _QUOTA, 403: _FORBIDDEN, 404: _MODEL, 405: _ADDRESS, 413: _TOO_LONG}
     | {409: _UNAVAILABLE, 425: _UNAVAILABLE, 429: _RATE}
@@ -146,10 +144,8 @@ _SETTING: Final = re.compile(r"\b(max_(?:\w{1,12}_)?tokens|temperature|stream_op
 _PARAM: Final = re.compile(r"^param (\w+)", re.MULTILINE)
 _STREAM_OPTIONS: Final = re.compile(r"stream_options|include_usage")
 _ECHO: Final = re.compile(r"""['"](?:input|messages|content)['"]\s{0,3}:|input_value=""")
-_ECHO_KEYS: Final = frozenset({"input", "messages", "prompt", "flagged_input", "ctx", "request", "content"})
 _SPEAKING_KEYS: Final = frozenset(
-    {"code", "type", "status", "reason", "error_type", "error_code", "status_code", "quotaId"}
-    | {"message", "msg", "status_msg", "detail", "details", "error", "errors", "raw", "description", "title"}
+    {"code", "type", "status", "reason", "quotaId", "message", "msg", "status_msg", "detail", "error", "raw"}
 )
 _KEY_LIKE: Final = re.compile(r"\b(Bearer\s+|(?:sk|gsk|xai|hf|nvapi|pplx)[-_]|AIza)[\w.-]{16,}")
 
@@ -205,7 +201,7 @@ def _raised(kind: type[UpstreamError], billed: bool, wait: float | None) -> Upst
 
 
 def _meaning(heard: str) -> _Meaning | None:
-    by_code = (_BY_CODE[line] for line in heard.lower().splitlines() if line in _BY_CODE)
+    by_code = (_BY_CODE[line] for line in heard.splitlines() if line in _BY_CODE)
     by_words = (meaning for meaning, words in _BY_WORDS if words.search(heard))
     return next(by_code, None) or next(by_words, None)
 
@@ -219,8 +215,8 @@ def _setting(status: int, heard: str) -> _Meaning | None:
 
 
 def _heard(error: object) -> str:
-    """A line for each thing that was said: codes, sentences, and ``param x`` for each field of the request at fault."""
-    return "\n".join(_gather(error, "error", 0))[:_READ_CHARACTERS]
+    """A line for each code and sentence, and ``param x`` for each field of the request at fault; in lower case."""
+    return "\n".join(_gather(error, "error", 0))[:_READ_CHARACTERS].lower()
 
 
 def _gather(value: object, key: str, depth: int) -> Iterator[str]:
@@ -230,19 +226,18 @@ def _gather(value: object, key: str, depth: int) -> Iterator[str]:
             yield " ".join(_ECHO.split(inner, maxsplit=1)[0].split())
             return
         value = inner
-    if isinstance(value, str | int) and key in _SPEAKING_KEYS:
+    if isinstance(value, int) and key in _SPEAKING_KEYS and 0 < value < 1000:
         yield str(value)
-    elif key == "param" and value:
+    elif isinstance(value, str) and key == "param" and value:
         yield f"param {value}"
-    elif key == "loc" and isinstance(value, list):  # a path to the field, from FastAPI and Mistral
-        yield "param " + ".".join(str(part) for part in value if part != "body")
+    elif isinstance(value, list) and key == "loc":  # a path to the field, from FastAPI and Mistral
+        yield "param " + ".".join(part for part in value if isinstance(part, str) and part != "body")
     elif depth < 12 and isinstance(value, list):
         for item in value:
             yield from _gather(item, key, depth + 1)
     elif depth < 12 and isinstance(value, dict):
         for name, item in value.items():
-            if name not in _ECHO_KEYS:
-                yield from _gather(item, name, depth + 1)
+            yield from _gather(item, name, depth + 1)
 
 
 def _loaded(error: object) -> object:
@@ -273,7 +268,6 @@ def _wait(headers: Mapping[str, str]) -> float | None:
         if re.fullmatch(r"[0-9]+(\.[0-9]*)?", value):
             return min(float(value) / a_second, _DAY)
     with suppress(ValueError, TypeError, OverflowError):
-        date = parsedate_to_datetime(value)
-        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+        seconds = parsedate_to_datetime(value).timestamp() - time.time()
         return min(seconds, _DAY) if seconds >= 0 else None
     return None
