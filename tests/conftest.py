@@ -138,13 +138,16 @@ def edit_profile(database: str) -> EditProfile:
     return edit_profile
 
 
+# Answers of any length: for stories of readers who stall, which fill every buffer on the way.
+_MOST = 10**9
+_CAPS = {"max_output_tokens": _MOST, "max_tokens_per_request": 2 * _MOST, "daily_token_limit": 2 * _MOST}
+GENEROUS = {"HARD_CAPS": _CAPS, "SITE_DAILY_TOKEN_LIMIT": 4 * _MOST}
+
+
 @pytest.fixture
 def generous(configure: Configure, edit_profile: EditProfile) -> None:
-    """Answers may be of any length: for stories of readers who stall, which fill every buffer on the way."""
-    most = 10**9
-    caps = {"max_output_tokens": most, "max_tokens_per_request": 2 * most, "daily_token_limit": 2 * most}
-    configure(HARD_CAPS=caps, SITE_DAILY_TOKEN_LIMIT=2 * most)
-    edit_profile(**caps)
+    configure(**GENEROUS)
+    edit_profile(**_CAPS)
 
 
 def stalled(upstream: FakeUpstream, seconds: float) -> int:
