@@ -43,6 +43,7 @@ from chatnest.asgi import for_streaming
 from chatnest.ledger.batcher import batcher
 from chatnest.models import Account, Profile
 
+from .benchmarks import processes
 from .conftest import Configure, EditProfile, Settled, port_of, served
 from .facts import compared, facts, summary
 from .provider_script import ScriptedProvider
@@ -51,6 +52,7 @@ from .reader import Reader
 Case = dict[str, Any]
 
 ALIAS = "cases"
+SITE = "project.asgi:application"
 KEY = "sk-the-key-of-the-site"
 ORDINARY = [[["head"], ["say", "Hi"], ["finish", "stop"], ["usage", 9, 1], ["done"], ["end"]]]
 FIRST_ADDRESS = ip_address("198.18.0.1")  # each case's client pays for itself
@@ -161,3 +163,23 @@ def site(case: Case, server: uvicorn.Server, settings: Any, monkeypatch: pytest.
     application = for_streaming(ASGIStaticFilesHandler(get_asgi_application()))
     with served(application, **case.get("uvicorn", {})) as own:
         yield port_of(own)
+
+
+def test_the_operator_is_told_of_each_fault_once_a_minute(tables: None) -> None:
+    """In a process of its own, for others here make the same faults. No word of the provider's leaves it."""
+    faults = {
+        "a-wrong-key": (401, "invalid_api_key"),
+        "an-unknown-model": (404, "model_not_found"),
+        "an-unknown-parameter": (400, "unsupported_parameter"),
+        "no-credit": (429, "insufficient_quota"),
+    }
+    address = processes.url_of(connections.settings[ALIAS])
+    with ScriptedProvider() as provider, processes.chatnest(address, provider.url, application=SITE) as serving:
+        for words, (status, code) in [*faults.items(), *faults.items()]:
+            provider.follow([[["respond", status, {"error": {"message": words, "type": code, "code": code}}]]])
+            reader = Reader(serving.port, {}, {"X-Forwarded-For": "203.0.113.7"})
+            reader.read()
+            assert (reader.error["code"], reader.error["retryable"]) == ("upstream_misconfigured", False)
+            assert words not in reader.text
+        told = [line for line in serving.log.read_text().splitlines() if " ERROR chatnest" in line]
+    assert [[words for words in faults if words in line] for line in told] == [[words] for words in faults]
