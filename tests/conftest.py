@@ -73,10 +73,14 @@ def upstream(configure: Configure) -> Iterator[FakeUpstream]:
 
 
 @contextmanager
-def served(application: Any) -> Iterator[uvicorn.Server]:
-    """An application served from a thread, so that a test's settings and clock are the server's too."""
+def served(application: Any, **options: Any) -> Iterator[uvicorn.Server]:
+    """An application served from a thread, so that a test's settings and clock are the server's too.
+
+    ``options`` are uvicorn's.
+    """
     # Without proxy_headers=False, uvicorn takes an X-Forwarded-For from loopback for the client's address.
-    config = uvicorn.Config(application, port=0, lifespan="off", log_level="warning", proxy_headers=False)
+    options = {"port": 0, "lifespan": "off", "log_level": "warning", "proxy_headers": False, **options}
+    config = uvicorn.Config(application, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()
