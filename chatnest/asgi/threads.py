@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 from asgiref.sync import SyncToAsync
 from django.db import close_old_connections, connections, reset_queries
 
-from ..ledger.batcher import let_the_loop_go_first
+from ..ledger.worker import let_the_loop_go_first
 
 T = TypeVar("T")
 
