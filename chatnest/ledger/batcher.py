@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import math
 import os
 import queue
 import threading
@@ -18,6 +19,7 @@ from uuid import UUID
 from weakref import WeakValueDictionary
 
 from ..errors import LedgerUnavailable, Overloaded
+from ..models import Calibration
 from ..policy import FRESH_SECONDS, Policy
 from .jobs import Job, OperationJob, QueryJob
 from .operations import Hold, Reserve, Settle
@@ -66,8 +68,14 @@ class Batcher:
             self._policy_read = time.monotonic()
         return policy
 
+    def calibration(self, provider: str, model: str) -> Calibration | None:
+        """What was known of a model when the policy was last read."""
+        policy = self._policy
+        return policy.calibrations.get((provider, model)) if policy else None
+
     def forget_policy(self) -> None:
-        self._policy = None
+        """Who next needs it reads it anew. What was known of the models is known until then."""
+        self._policy_read = -math.inf
 
     async def query(self, query: Callable[[], T]) -> T:
         """Run a read in the batcher's thread. Raises LedgerUnavailable and Overloaded."""

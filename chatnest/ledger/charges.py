@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from ..models import Calibration, Reservation
+from ..provider.chunks import Report
 from .operations import Hold, Lesson, Settle
 
 Unreported = Literal["learned", "held"]
@@ -31,16 +32,6 @@ class Billed(Enum):
     NOTHING = "not sent, or refused by a status that says so"
     PROMPT = "failed before it answered, and after it may have read the prompt"
     ANSWER = "it answered, or may be at it"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """The usage that a provider reported, in tokens: the largest of each field over the stream."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    reasoning_tokens: int = 0  # named by its details, and part of the completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from time import time_ns
 from uuid import UUID
@@ -71,6 +71,11 @@ class Reserve:
     @property
     def day(self) -> date:
         return self.budgets[0].period
+
+    def again(self) -> Reserve:
+        """The same, for another attempt: a reservation of its own, paid by the day that it is now."""
+        day = today()
+        return replace(self, id=new_id(), budgets=[replace(budget, period=day) for budget in self.budgets])
 
     def held(self, output_tokens: int = 0, remaining: int = 0) -> Hold:
         """The hold that answers this; without the numbers, as one knows it who did not hear the answer."""

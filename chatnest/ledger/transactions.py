@@ -88,13 +88,10 @@ def retried(work: Callable[P, T]) -> Callable[P, T]:
 
 def is_conflict(error: Exception) -> bool:
     """Another transaction was in the way of this one, which was undone, and may be tried again at once."""
-    cause = error.__cause__
-    if isinstance(cause, sqlite3.Error):
-        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in _LOCKED  # the rest says why
-    return getattr(cause, "sqlstate", None) in _CONFLICTS or (
-        # Two made an account's first row of a day.
-        isinstance(error, IntegrityError) and "chatnest_one_usage_a_day" in str(error)
-    )
+    if getattr(error.__cause__, "sqlstate", None) in _CONFLICTS or _sqlite_code(error) in _LOCKED:
+        return True
+    # Two made an account's first row of a day.
+    return isinstance(error, IntegrityError) and "chatnest_one_usage_a_day" in str(error)
 
 
 def is_outage(error: Exception) -> bool:
@@ -104,4 +101,10 @@ def is_outage(error: Exception) -> bool:
 
 def is_bug(error: Exception) -> bool:
     """The database does not understand what it is told: it is not migrated, or chatnest is wrong."""
-    return isinstance(error, ProgrammingError | NotSupportedError)
+    return isinstance(error, ProgrammingError | NotSupportedError) or _sqlite_code(error) == sqlite3.SQLITE_ERROR
+
+
+def _sqlite_code(error: Exception) -> int | None:
+    """The primary result code: https://www.sqlite.org/rescode.html."""
+    code = getattr(error.__cause__, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
