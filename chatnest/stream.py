@@ -17,12 +17,11 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final, Self
 
 from .conf import provider, settings
 from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
-from .ledger import Hold, Reserve, Settle, new_id, today
+from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
 from .ledger.charges import Billed, Received, most_received, settlement
 from .models import Reservation
@@ -245,7 +244,7 @@ class Chat:
         batcher.settle(self._settlement(Outcome.UPSTREAM_ERROR))
         batcher.unwatch(self)
         self._call = None
-        self._ask = replace(self._ask, id=new_id(), day=today())
+        self._ask = self._ask.again()
         try:
             self.hold = await batcher.reserve(self._ask)
         except ChatError:

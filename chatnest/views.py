@@ -116,7 +116,7 @@ async def usage(request: HttpRequest) -> HttpResponseBase:
     """The payer's limit, use and remainder today, under ``?profile=`` (balanced by default)."""
     accounts = await charged(request)
     terms = (await batcher.policy()).terms(accounts, profile_name(request.GET.get("profile")))
-    used, reserved, remaining = await batcher.query(partial(ledger.standing, terms.budgets))
+    used, reserved, remaining = await batcher.query(partial(ledger.standing, ledger.todays_budgets(terms.budgets)))
     standing = {
         "profile": terms.profile,
         "dailyTokenLimit": terms.budgets[accounts[0]],
@@ -174,7 +174,7 @@ def reservation(terms: Terms, prompt_tokens: int) -> Reserve:
     if prompt_tokens + limits.max_output_tokens > limits.max_tokens_per_request:
         raise RequestTooLarge()
     return Reserve(
-        budgets=terms.budgets,
+        budgets=ledger.todays_budgets(terms.budgets),
         profile=terms.profile,
         model=terms.model,
         prompt_tokens=prompt_tokens,
