@@ -39,6 +39,11 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*map(_checked, accounts), SITE]))
 
 
+def is_stranger(payer: str) -> bool:
+    """Whoever is known by an address only."""
+    return payer.startswith("ip:")
+
+
 async def _default(request: HttpRequest) -> list[str]:
     user = await request.auser() if hasattr(request, "auser") else None
     if user is not None and user.is_authenticated:
