@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from .accounts import SITE, is_stranger
+from .accounts import ANONYMOUS, SITE, is_stranger
 from .conf import settings
 from .errors import ChatError, Forbidden, NotAuthenticated, Paused
 from .limits import DEFAULT_PROFILES, Limits, Tightening, clamp, hard_caps, tighten, up_to
@@ -95,8 +95,14 @@ class Policy:
     def _budget(self, account: str, limits: Limits, *, payer: bool) -> int:
         if account == SITE:
             limit: int = settings.SITE_DAILY_TOKEN_LIMIT
+        elif account == ANONYMOUS:
+            limit = self._strangers_share(limits)
         else:
             # An account that PAYER added (a team's) has no profile of its own: the cap is its limit.
             limit = limits.daily_token_limit if payer else hard_caps().daily_token_limit
         row = self.accounts.get(account)
         return limit if row is None or row.daily_token_limit is None else min(limit, row.daily_token_limit)
+
+    def _strangers_share(self, limits: Limits) -> int:
+        share: int | None = settings.ANONYMOUS_DAILY_TOKEN_LIMIT
+        return self._budget(SITE, limits, payer=False) // 5 if share is None else share

@@ -15,6 +15,7 @@ from django.db.models.signals import post_delete, post_save, pre_delete
 from django.dispatch import receiver
 from django.utils.translation import gettext as _
 
+from .accounts import SHARED
 from .ledger.batcher import batcher
 from .limits import DEFAULT_PROFILES
 from .models import Account, Profile
@@ -39,10 +40,11 @@ def deliver_rows(using: str, apps: Any = all_apps, **kwargs: Any) -> None:
     What is missing beside others stays missing: its limits may have been tightened.
     """
     try:
-        profiles = apps.get_model("chatnest", "Profile")
+        profiles, accounts = (apps.get_model("chatnest", name) for name in ("Profile", "Account"))
     except LookupError:
         return
     if router.allow_migrate_model(using, profiles) and not profiles.objects.using(using).exists():
         profiles.objects.using(using).bulk_create(
             [profiles(name=name, **asdict(limits)) for name, limits in DEFAULT_PROFILES.items()]
         )
+        accounts.objects.using(using).bulk_create([accounts(name=name) for name in SHARED], ignore_conflicts=True)

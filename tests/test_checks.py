@@ -77,6 +77,7 @@ WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in FLAGS for value in [None, 0, 1, "on", "False", ""]),
     *((name, value) for name in TEXTS for value in NO_TEXT),
     *(("OPENAI_BASE_URL", value) for value in NO_ADDRESS),
+    *(("ANONYMOUS_DAILY_TOKEN_LIMIT", value) for value in NO_COUNT[1:]),
     *(("PROVIDERS", value) for value in [None, 5, "azure", [{}]]),
     *(("PAYER", value) for value in [5, ["path"], True]),
     *(("TIME_ZONE", value) for value in ["", "Mars/Olympus", "CET+1 or so", "/etc/passwd", "../UTC", "a\0b", 5]),
@@ -116,6 +117,8 @@ def test_several_mistakes_are_told_at_once(configure: Configure) -> None:
     ("name", "value"),
     [
         ("SITE_DAILY_TOKEN_LIMIT", 0),
+        ("ANONYMOUS_DAILY_TOKEN_LIMIT", 0),
+        ("ANONYMOUS_DAILY_TOKEN_LIMIT", None),
         ("TRUSTED_PROXIES", 2),
         ("MAX_STREAMS_PER_PROCESS", 1),
         ("GAP_SECONDS", 0.5),

@@ -192,20 +192,25 @@ def delivered(database: str) -> bool:
     names, *lines = map(str.split, DELIVERED.strip().splitlines())
     typed = {name: {field: values[n] for field, *values in lines} for n, name in enumerate(names)}
     rows = {row.name: row for row in Profile.objects.using(database)}
-    return typed == {name: {field: str(getattr(row, field)) for field, *_ in lines} for name, row in rows.items()}
+    accounts = set(Account.objects.using(database).values_list("name", "paused", "daily_token_limit", "profile"))
+    return accounts == {("site", False, None, None), ("anonymous", False, None, None)} and typed == {
+        name: {field: str(getattr(row, field)) for field, *_ in lines} for name, row in rows.items()
+    }
 
 
 @pytest.mark.parametrize("run", [1, 2])
-def test_every_test_finds_the_three_profiles_as_delivered(database: str, run: int) -> None:
+def test_every_test_finds_the_rows_as_delivered(database: str, run: int) -> None:
     """The first by the migrations; those after it, as in a site's own TransactionTestCase, after a flush."""
     assert delivered(database)
 
 
 def test_the_migration_delivers_the_same(database: str) -> None:
-    migration = import_module("chatnest.migrations.0002_default_profiles")
+    migration = import_module("chatnest.migrations.0002_delivered_rows")
     taken_away(database, *DEFAULT_PROFILES)
+    Account.objects.using(database).all().delete()
     with connections[database].schema_editor() as editor:
         migration.create_profiles(apps, editor)
+        migration.create_accounts(apps, editor)
     assert delivered(database)
 
 
@@ -404,9 +409,7 @@ def test_an_edit_that_tells_nobody_is_in_force_within_five_seconds(
 def test_a_pause_that_tells_nobody_is_in_force_within_five_seconds(client: Client) -> None:
     client.chat()
     with sqlite3.connect(connections["default"].settings_dict["NAME"]) as other_process:
-        other_process.execute(
-            "INSERT INTO chatnest_account (name, paused, daily_token_limit, profile_id) VALUES ('site', 1, NULL, NULL)"
-        )
+        other_process.execute("UPDATE chatnest_account SET paused = 1 WHERE name = 'site'")
     other_process.close()
     eventually(lambda: client.request("GET", "/api/usage").status == 503, seconds=5)
 
