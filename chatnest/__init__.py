@@ -10,6 +10,7 @@ The path of a request, in the order of the files to read:
     tokens     the most that the prompt can count
     ledger     reserve: all budgets or none; later settle, once. One transaction for many requests
     provider   one call of the model through the openai package, and what it really said
+    slots      a place in this process
     stream     its pieces to frames, heartbeats and deadlines, and one settlement however it ends
 
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, asgi, admin,

@@ -15,7 +15,7 @@ from django.utils.translation import gettext_lazy as _
 
 from .conf import provider_names
 from .limits import FIELDS, clamp, hard_caps
-from .models import Account, Adjustment, DailyUsage, Profile, RateWindow, Reservation
+from .models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Reservation
 
 
 class ProfileForm(forms.ModelForm):
@@ -119,9 +119,28 @@ class ReservationAdmin(LedgerAdmin):
     search_fields = ("payer", "id")
 
 
+@admin.register(Calibration)
+class CalibrationAdmin(LedgerAdmin):
+    list_display = (
+        "provider",
+        "model",
+        "reports",
+        "prompt_excess",
+        "completion_excess",
+        "reasons_unseen",
+        "ignores_max_tokens",
+        "updated_at",
+    )
+    search_fields = ("model",)
+
+    def has_delete_permission(self, request: HttpRequest, obj: models.Model | None = None) -> bool:
+        return admin.ModelAdmin.has_delete_permission(self, request, obj)
+
+
 @admin.register(Adjustment)
 class AdjustmentAdmin(LedgerAdmin):
-    list_display = ("created_at", "day", "account", "tokens", "reason", "actor")
+    list_display = ("created_at", "day", "account", "tokens", "kind", "reason", "actor")
+    list_filter = ("kind",)
     search_fields = ("account", "reason", "actor")
 
 

@@ -258,7 +258,9 @@ class Reservation(models.Model):
         help_text=_("Every account that is charged, the payer first.")
     )
     profile = models.CharField(max_length=50)
+    provider = models.CharField(max_length=100, default=DEFAULT_PROVIDER)
     model = models.CharField(max_length=100)
+    label = models.CharField(max_length=100, blank=True, default="", help_text=_("Which feature of the site asked."))
     tokens = models.PositiveBigIntegerField(help_text=_("The hold: the prompt's bound and the answer's allowance."))
     state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN)
     outcome = models.CharField(max_length=20, choices=Outcome.choices, blank=True, default="")
@@ -298,18 +300,66 @@ class Reservation(models.Model):
         return self.state == self.State.OPEN and self.expires_at <= now
 
 
+class Calibration(models.Model):
+    """What the reports of one model have taught about it. To forget it, delete the row."""
+
+    provider = models.CharField(max_length=100)
+    model = models.CharField(max_length=100)
+    reports = models.PositiveBigIntegerField(
+        default=0, help_text=_("Answers, read to their end, whose usage was reported.")
+    )
+    prompt_excess = models.PositiveBigIntegerField(
+        default=0, help_text=_("The most tokens by which a reported prompt exceeded its bound: later holds add them.")
+    )
+    completion_excess = models.PositiveBigIntegerField(
+        default=0, help_text=_("The most tokens by which a reported answer exceeded what was counted of it.")
+    )
+    reasons_unseen = models.BooleanField(
+        default=False,
+        help_text=_("A report named reasoning that was not received: without a report, the whole hold is charged."),
+    )
+    ignores_max_tokens = models.BooleanField(
+        default=False, help_text=_("An answer was longer than it was allowed to be.")
+    )
+    updated_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ["provider", "model"]
+        constraints = [models.UniqueConstraint(fields=["provider", "model"], name="chatnest_one_calibration_a_model")]
+
+    def __str__(self) -> str:
+        return f"{self.model} of {self.provider}"
+
+    @property
+    def bills_what_it_shows(self) -> bool:
+        """So that an answer without a report can be counted."""
+        return self.reports > 0 and not self.reasons_unseen
+
+
 class Adjustment(models.Model):
-    """A correction of one account's day, beside the charges: a reset, or a settlement that came late."""
+    """A correction of one account's day, beside the charges. What it means is its kind; the reason is for people."""
+
+    class Kind(models.TextChoices):
+        FORGIVEN = "forgiven"  # an operator's reset
+        LATE = "late"  # a settlement after its hold was charged
+        PRUNED = "pruned"  # stands for the account's deleted rows of the day
+        GRANTED = "granted"  # an operator's gift for the day
 
     day = models.DateField()
     account = models.CharField(max_length=ACCOUNT_LENGTH)
     tokens = models.BigIntegerField()
-    reason = models.CharField(max_length=200)
+    kind = models.CharField(max_length=10, choices=Kind.choices)
+    reason = models.CharField(max_length=200, blank=True)
     actor = models.CharField(max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself."))
     created_at = models.DateTimeField()
 
     class Meta:
         ordering = ["-created_at"]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(kind__in=["forgiven", "late", "pruned", "granted"]), name="chatnest_known_kind"
+            )
+        ]
         indexes = [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")]
 
     def __str__(self) -> str:

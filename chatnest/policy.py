@@ -6,14 +6,14 @@ Each process reads it anew at most every two seconds, and only when a request ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from .accounts import ANONYMOUS, SITE, is_stranger
 from .conf import settings
 from .errors import ChatError, Forbidden, NotAuthenticated, Paused
 from .limits import DEFAULT_PROFILES, Limits, Tightening, clamp, hard_caps, tighten, up_to
-from .models import Account, Profile
+from .models import Account, Calibration, Profile
 
 FRESH_SECONDS: Final = 2.0
 Audience = Profile.Audience
@@ -33,10 +33,11 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All profiles by name, and the accounts that have a row."""
+    """All profiles by name, the accounts that have a row, and what is known of (provider, model)."""
 
     profiles: Mapping[str, Profile]
     accounts: Mapping[str, Account]
+    calibrations: Mapping[tuple[str, str], Calibration] = field(default_factory=dict)
 
     @classmethod
     def read(cls) -> Policy:
@@ -46,7 +47,8 @@ class Policy:
             # Its operator may have tightened it, so no other limits stand for it: a missing row is one that is off.
             profiles.setdefault(name, Profile(name=name, enabled=False))
         accounts = Account.objects.using(alias).select_related("profile")
-        return cls(profiles, {row.name: row for row in accounts})
+        calibrations = {(row.provider, row.model): row for row in Calibration.objects.using(alias)}
+        return cls(profiles, {row.name: row for row in accounts}, calibrations)
 
     def terms(self, accounts: Sequence[str], asked: str, request: Tightening | None = None) -> Terms:
         """The terms for a request of ``accounts`` (the payer first) that asked for a profile.

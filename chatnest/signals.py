@@ -18,11 +18,12 @@ from django.utils.translation import gettext as _
 from .accounts import SHARED
 from .ledger.batcher import batcher
 from .limits import DEFAULT_PROFILES
-from .models import Account, Profile
+from .models import Account, Calibration, Profile
 
 
 @receiver([post_save, post_delete], sender=Profile)
 @receiver([post_save, post_delete], sender=Account)
+@receiver(post_delete, sender=Calibration)
 def forget_policy(using: str, **kwargs: Any) -> None:
     transaction.on_commit(batcher.forget_policy, using=using)
 

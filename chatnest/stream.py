@@ -1,311 +1,406 @@
 """One chat: from a committed hold to the upstream, to frames, to settlement. However it ends, it settles once.
 
+A task of its own, the pump, makes the call, reads it to its end and settles; the response takes the frames that the
+pump has made. No read is interrupted but to end it.
+
 How it may end, and where that is noticed:
-    the answer is complete, broken or too late     in ``_frames``
-    the client leaves, or the server cancels       ``aclose``, or ``close`` where Django skips that
-    nobody ever reads it, or forgets to close it   ``__del__``
-    an operator stops it                           ``stop``
-    the process dies                               the lease: another process charges the hold
+    the answer is complete, broken, too long or too late    in the pump
+    the client leaves, or the server cancels                ``aclose``, or ``close`` where Django skips that
+    nobody ever reads it, or forgets to close it            ``__del__``
+    an operator stops it                                    ``stop``
+    the process dies                                        the lease: another process charges the hold
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
-from enum import Enum
-from typing import Final, Literal, Self
-from weakref import ref
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, Self
 
-from .conf import settings
-from .errors import ChatError, InternalError, Overloaded, Paused, UpstreamTimeout
-from .ledger import Hold, Settle
+from .conf import provider, settings
+from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
+from .ledger import Hold, Reserve, Settle, new_id, today
 from .ledger.batcher import batcher
+from .ledger.charges import Billed, Received, most_received, settlement
 from .models import Reservation
 from .provider.call import Call
-from .tokens import answer_count
-from .wires import Usage, chatnest
+from .provider.chunks import Kind, Piece
+from .slots import StreamSlot
+from .tokens import Counter
+from .wires import Message, Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
+
+MAX_UNREAD: Final = 64 * 1024  # bytes of frames that wait for the reader; past that, the provider waits
+GRACE_SECONDS: Final = 1  # for [DONE], once nothing else is missing
+REPORT_SECONDS: Final = 5  # for a report of usage after the finish reason
+RETRY_SECONDS: Final = 0.5
 
 Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
 
 
-class Place:
-    """One of the process's MAX_STREAMS_PER_PROCESS. Raises Overloaded when all are taken."""
-
-    _taken = 0
-
-    def __init__(self) -> None:
-        if Place._taken >= settings.MAX_STREAMS_PER_PROCESS:
-            raise Overloaded(retry_after=1)
-        Place._taken += 1
-        self._left = False
-
-    def leave(self) -> None:
-        if not self._left:
-            self._left = True
-            Place._taken -= 1
-
-
-class Signal(Enum):
-    PING = "nothing was sent for a while"
-
-
-PING: Final = Signal.PING
-
-
 class ChatStream:
-    """The frames of one answer as bytes, each for one write. Owns its hold, its call and its place.
+    """The reader's end of a chat: its frames as bytes, each for one write."""
 
-    There is no task and no timeout per token: the reader's own task is interrupted, as ``asyncio.timeout`` does
-    it, by one timer that is re-armed only when it fires.
-    """
-
-    def __init__(self, hold: Hold, call: Call, place: Place) -> None:
-        self.hold = hold
-        self._call = call
-        self._place = place
-        self._loop = asyncio.get_running_loop()
-        self._iterator = self._frames()
-        self._opening: asyncio.Task[None] | None = None
-        self._task: asyncio.Task[object] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._waiting = False  # for the upstream, and not for the client to read
-        self._alarm: ChatError | Literal[Signal.PING] | None = None  # why the wait was interrupted
-        self._stopped = False
-        self._settled = False
-        self._started = self._sent = self._heard = 0.0
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
 
     def __aiter__(self) -> Self:
         return self
 
-    def __anext__(self) -> Awaitable[bytes]:
-        return self._iterator.__anext__()
+    async def __anext__(self) -> bytes:
+        return await self._chat.frames()
 
     async def aclose(self) -> None:
-        await self._iterator.aclose()
-        self._leave()
+        self._chat.leave()
 
     def close(self) -> None:
         """From any thread: Django calls it in the request's, where ``aclose`` may have been skipped."""
-        if not self._settled:
-            try:
-                self._loop.call_soon_threadsafe(self._leave)
-            except RuntimeError:  # the loop is closed
-                self._conclude(Outcome.CANCELLED)
+        self._chat.call_soon(self._chat.leave)
 
     def __del__(self) -> None:
         self.close()
 
+
+class _Enough(Exception):
+    """Only ``[DONE]`` is missing, and does not come."""
+
+
+class Chat:
+    """What the pump and the reader share. Owns its hold, its calls and its slot.
+
+    ``ask``: what was reserved with; a retry of what may have been billed reserves again.
+    """
+
+    def __init__(
+        self,
+        ask: Reserve,
+        hold: Hold,
+        messages: Sequence[Message],
+        *,
+        temperature: float | None,
+        dropped: int,
+        slot: StreamSlot,
+    ) -> None:
+        self.hold = hold
+        self._ask = ask
+        self._messages = messages
+        self._temperature = temperature
+        self._dropped = dropped
+        self._slot = slot
+        self._loop = asyncio.get_running_loop()
+        self._pump: asyncio.Task[None] | None = None
+        self._call: Call | None = None
+        self._received = Counter(hold.model)
+        self._reasoning = Counter(hold.model)  # the part of it that was shown
+        self._pieces = self._deltas = 0
+        self._cut = False  # at its allowance, which the provider ignored
+        self._unread = bytearray()
+        self._reader: asyncio.Future[None] | None = None  # waits for frames
+        self._reading: asyncio.Task[object] | None = None
+        self._room: asyncio.Future[None] | None = None  # the pump waits for the reader
+        self._timer: asyncio.TimerHandle | None = None
+        self._why: Exception | None = None  # the pump was interrupted
+        self._left = self._settled = self._over = False
+        self._began = self._sent = 0.0
+        self._heard = self._spoke = 0.0  # when the provider last sent anything, and when the model did
+
+    # The reader's end.
+
+    async def frames(self) -> bytes:
+        """What there is to write. Raises StopAsyncIteration after the end."""
+        if not (self._pump or self._over):
+            self._begin()
+            return chatnest.START
+        while not self._unread:
+            if self._over:
+                raise StopAsyncIteration
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        frames = bytes(self._unread)
+        self._unread.clear()
+        self._sent = self._loop.time()
+        _wake(self._room)
+        return frames
+
+    def _write(self, frames: bytes) -> None:
+        if not self._left:
+            self._unread += frames
+            _wake(self._reader)
+
+    def leave(self) -> None:
+        """Nobody reads any more."""
+        if self._over and self._timer:
+            self._timer.cancel()
+        if self._left or self._over:
+            return
+        self._left = True
+        self._unread.clear()
+        if self._pump is None:
+            self._over = True
+            batcher.settle(self._conclude(Outcome.CANCELLED))
+        elif settings.ON_DISCONNECT == "drain" and self._call and self._call.billed:
+            _wake(self._room)  # read on unseen, for a provider that bills all of it anyway
+        elif not self._settled:
+            self._pump.cancel()
+
     def stop(self) -> None:
         """An operator's stop, from any thread: the stream ends with an ``error`` frame ``paused``."""
+        self.call_soon(self._interrupt, Paused(retry_after=60))
+
+    def call_soon(self, what: Callable[..., None], *arguments: object) -> None:
+        """In the loop's thread. Without a loop there is no pump either: what it held is settled here."""
         try:
-            self._loop.call_soon_threadsafe(self._stop)
+            self._loop.call_soon_threadsafe(what, *arguments)
         except RuntimeError:
-            pass
+            if not self._settled:
+                batcher.settle(self._conclude(Outcome.CANCELLED))
 
-    def _stop(self) -> None:
-        self._stopped = True
-        if self._timer and not self._settled:
-            self._timer.cancel()
-            self._tick()
+    # The pump.
 
-    async def _frames(self) -> AsyncGenerator[bytes]:
-        yield chatnest.START
+    def _begin(self) -> None:
+        batcher.watch(self)
+        self._reading = asyncio.current_task()
+        self._began = self._sent = self._heard = self._loop.time()
+        self._pump = self._loop.create_task(self._run())
+        _pumps.add(self._pump)
+        self._pump.add_done_callback(_pumps.discard)
+        self._tick()
+
+    async def _run(self) -> None:
         try:
-            opening, opened = self._begin(), False
-            while True:
-                self._task = asyncio.current_task()
-                self._waiting = True
-                try:
-                    if not opened:
-                        await asyncio.shield(opening)
-                        opened = True
-                    pieces = await self._call.read()
-                except asyncio.CancelledError:
-                    if not self._only_a_ping():
-                        raise  # the client has left, or the server ends
-                    frames = chatnest.PING
-                else:
-                    if pieces is None:
-                        break
-                    frames = self._heard_frames(pieces)
-                finally:
-                    self._waiting = False
-                if frames:
-                    yield frames
-            yield chatnest.done(await self._complete())
+            await self._relay()
+            await self._complete()
+        except asyncio.CancelledError:
+            await self._cancelled()
         except ChatError as problem:
-            yield await self._fail(problem)
+            await self._fail(problem)
         except Exception:
             logger.exception("A stream broke")
-            yield await self._fail(InternalError())
+            await self._fail(InternalError())
         finally:
-            self._leave()
+            self._over = True
+            _wake(self._reader)
+            if self._unread and not self._reader:  # the reader stalls in the middle of a write
+                when = max(self._began + settings.MAX_STREAM_SECONDS, self._loop.time() + GRACE_SECONDS)
+                self._timer = self._loop.call_at(when, self._give_up_reader)
+            if self._call:
+                await self._call.close()
 
-    def _begin(self) -> asyncio.Task[None]:
-        """Call the upstream. A task of its own, for a connection that is being made cannot be interrupted."""
+    async def _relay(self) -> None:
+        """The answer, to its end. Raises ChatError where it has none, and CancelledError if nobody reads it."""
+        try:
+            call = await self._open()
+            limit = most_received(self.hold.output_tokens)
+            while (pieces := await call.read()) is not None:
+                self._take(pieces)
+                if self._received.exceeds(limit):
+                    self._cut = True
+                    return await call.close()
+                await self._wait_for_room()
+        except asyncio.CancelledError:
+            why = self._why
+            if why is None:
+                raise
+            if self._pump:
+                self._pump.uncancel()
+            if not (isinstance(why, _Enough) and self._call):
+                raise why from None
+            self._call.answer.end()
+            self._call.check()
+
+    async def _open(self) -> Call:
+        """The call, opened. Tried again before the first byte only; what may have been billed is settled first."""
+        for attempt in range(settings.UPSTREAM_MAX_RETRIES + 1):
+            self._call = call = Call(
+                self.hold.provider,
+                self.hold.model,
+                self._messages,
+                max_tokens=self.hold.output_tokens,
+                temperature=self._temperature,
+            )
+            try:
+                await call.open()
+                self._heard = self._loop.time()
+                return call
+            except UpstreamError as error:
+                wait = max(RETRY_SECONDS * 2**attempt * random.uniform(0.75, 1.25), call.retry_in or 0)
+                late = self._loop.time() + wait > self._began + settings.FIRST_TOKEN_SECONDS
+                if call.retry_in is None or late or attempt == settings.UPSTREAM_MAX_RETRIES:
+                    raise
+                if call.billed:
+                    await self._reserve_again(error)
+            if wait > GRACE_SECONDS:
+                self._write(chatnest.PING)
+            await asyncio.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _reserve_again(self, error: UpstreamError) -> None:
+        batcher.settle(self._settlement(Outcome.UPSTREAM_ERROR))
+        batcher.unwatch(self)
+        self._call = None
+        self._ask = replace(self._ask, id=new_id(), day=today())
+        try:
+            self.hold = await batcher.reserve(self._ask)
+        except ChatError:
+            self._settled = True
+            raise error from None
         batcher.watch(self)
-        self._started = self._sent = self._heard = self._loop.time()
-        self._timer = self._loop.call_at(self._next_tick(), _tick, ref(self))
-        self._opening = self._loop.create_task(self._call.open(settings.FIRST_TOKEN_SECONDS))
-        return self._opening
 
-    def _heard_frames(self, pieces: list[str]) -> bytes:
+    def _take(self, pieces: list[Piece]) -> None:
+        answer = self._call.answer  # type: ignore[union-attr]
         self._heard = self._loop.time()
-        if not pieces:
-            return b""
-        self._sent = self._heard
-        return chatnest.tokens(pieces)
+        if answer.heard > self._deltas:
+            self._deltas = answer.heard
+            self._spoke = self._heard
+        for kind, text in pieces:
+            self._received.add(text)
+            if kind is Kind.TEXT:
+                self._unread += chatnest.token(text)
+            elif kind is Kind.REASONING:
+                self._reasoning.add(text)
+                if settings.SHOW_REASONING:
+                    self._unread += chatnest.reasoning(text)
+        self._pieces += len(pieces)
+        if self._left:
+            self._unread.clear()
+        elif self._unread:
+            _wake(self._reader)
+        if answer.may_end:
+            self._tick()
 
-    # Waiting: one timer for the heartbeat and all deadlines.
+    async def _wait_for_room(self) -> None:
+        while len(self._unread) > MAX_UNREAD and not self._left:
+            self._room = self._loop.create_future()
+            try:
+                await self._room
+            finally:
+                self._room = None
+                self._heard = self._loop.time()
 
-    def _only_a_ping(self) -> bool:
-        """Why the wait was cancelled: for a ping, or by somebody else. Raises what else the timer decided."""
-        alarm, self._alarm = self._alarm, None
-        if alarm is None or (self._task and self._task.uncancel()):
-            return False
-        if isinstance(alarm, ChatError):
-            raise alarm from None
-        self._sent = self._loop.time()
-        return True
+    # Deadlines and heartbeats: one timer, which is armed again only when it has fired.
 
     def _tick(self) -> None:
+        if self._timer:
+            self._timer.cancel()
         now = self._loop.time()
-        alarm = self._due(now)
-        if alarm and self._task:
-            self._alarm = alarm
-            self._task.cancel()
-        self._timer = self._loop.call_at(self._next_tick(), _tick, ref(self))
+        if self._reader is None:  # the client is slow to read, and hears of it
+            self._sent = now
+        elif now >= self._sent + settings.HEARTBEAT_SECONDS:
+            self._sent = now
+            self._write(chatnest.PING)
+        due, why = self._deadline()
+        if now >= due:
+            self._interrupt(why)
+        else:
+            # The first piece begins a gap, and arms nothing.
+            due = min(due, self._sent + settings.HEARTBEAT_SECONDS, now + settings.GAP_SECONDS)
+            self._timer = self._loop.call_at(max(due, now + 0.01), self._tick)
 
-    def _due(self, now: float) -> ChatError | Literal[Signal.PING] | None:
-        if self._stopped:
-            return Paused(retry_after=60)
-        if now >= self._started + settings.MAX_STREAM_SECONDS:
-            return UpstreamTimeout()
-        if not self._waiting:  # the client is slow to read, which is no fault of the upstream
-            self._sent = self._heard = now
-        elif now >= self._patience_ends():
-            return UpstreamTimeout()
-        return PING if now >= self._sent + settings.HEARTBEAT_SECONDS else None
+    def _deadline(self) -> tuple[float, Exception]:
+        """When waiting ends, and with what."""
+        last = self._began + settings.MAX_STREAM_SECONDS
+        answer = self._call.answer if self._call else None
+        if self._room:  # it is the reader that is waited for
+            return last, UpstreamTimeout()
+        if answer and answer.finish_reason:
+            grace = GRACE_SECONDS if answer.report else REPORT_SECONDS
+            return min(last, self._spoke + (grace if answer.may_end else settings.GAP_SECONDS)), _Enough()
+        if answer and answer.heard:
+            return min(last, self._heard + settings.GAP_SECONDS), UpstreamTimeout()
+        return min(last, self._began + settings.FIRST_TOKEN_SECONDS), UpstreamTimeout()
 
-    def _patience_ends(self) -> float:
-        if self._call.pieces:
-            return self._heard + settings.GAP_SECONDS
-        return self._started + settings.FIRST_TOKEN_SECONDS
-
-    def _next_tick(self) -> float:
-        # At least a little later: what is due now was dealt with, or waits until the client reads on.
-        now = self._loop.time()
-        due = (
-            now + settings.GAP_SECONDS,  # the first piece begins a gap, and re-arms nothing
-            self._sent + settings.HEARTBEAT_SECONDS,
-            self._started + settings.MAX_STREAM_SECONDS,
-            self._patience_ends(),
-        )
-        return max(now + 0.01, min(due))
+    def _interrupt(self, why: Exception) -> None:
+        if self._pump and not (self._settled or self._why):
+            self._why = why
+            self._pump.cancel()
 
     # Ending: whatever happens, one settlement.
 
-    async def _complete(self) -> Usage:
-        ask = self._settlement(Outcome.COMPLETED)
-        remaining = await self._settled_or_none(ask)
+    async def _complete(self) -> None:
+        settle = self._conclude(Outcome.CANCELLED if self._left else Outcome.COMPLETED)
+        if self._left:
+            batcher.settle(settle)
+            return
+        remaining = await batcher.settled(settle)
         if remaining is None:  # the database is away: what the hold said, put right by what was used
             held = self.hold.prompt_tokens + self.hold.output_tokens
-            remaining = max(0, self.hold.remaining + held - ask.total_tokens)
-        return Usage(
-            prompt_tokens=ask.prompt_tokens,
-            completion_tokens=ask.completion_tokens,
-            total_tokens=ask.total_tokens,
+            remaining = max(0, self.hold.remaining + held - settle.total_tokens)
+        finish_reason = "length" if self._cut else self._call.answer.finish_reason if self._call else None
+        usage = Usage(
+            prompt_tokens=settle.prompt_tokens,
+            completion_tokens=settle.completion_tokens,
+            total_tokens=settle.total_tokens,
             remaining=remaining,
+            finish_reason=finish_reason or "stop",
+            dropped_messages=self._dropped,
         )
+        self._write(chatnest.done(usage))
 
-    async def _fail(self, problem: ChatError) -> bytes:
-        await self._settled_or_none(self._settlement(_outcome(problem)))
-        return chatnest.error(problem)
-
-    async def _settled_or_none(self, ask: Settle) -> int | None:
-        self._settled = True
-        self._let_go()
-        return await batcher.settled(ask)
-
-    def _leave(self) -> None:
-        """The end that no frame tells of: nobody is there to read it."""
+    async def _fail(self, problem: ChatError) -> None:
+        if self._call:
+            await self._call.close()
         if self._settled:
             return
-        outcome = _outcome(self._alarm) if isinstance(self._alarm, ChatError) else Outcome.CANCELLED
-        if outcome == Outcome.CANCELLED and self._opening and settings.ON_DISCONNECT == "drain":
-            self._settled = True
-            if self._timer:
-                self._timer.cancel()
-            task = self._loop.create_task(self._drain())
-            _draining.add(task)
-            task.add_done_callback(_draining.discard)
+        if self._left:
+            batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
-            self._conclude(outcome)
+            await batcher.settled(self._conclude(self._outcome(problem)))
+            self._write(chatnest.error(problem))
 
-    async def _drain(self) -> None:
-        """Read the answer to its end, unseen, for a provider that bills all of it anyway."""
-        assert self._opening
-        deadline = self._started + settings.MAX_STREAM_SECONDS
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._opening
-            while (now := self._loop.time()) < deadline:
-                async with asyncio.timeout_at(min(deadline, now + settings.GAP_SECONDS)):
-                    if await self._call.read() is None:
-                        break
-        except (ChatError, TimeoutError):
-            pass
-        finally:
-            self._conclude(Outcome.CANCELLED)
+    async def _cancelled(self) -> None:
+        if self._call:
+            await self._call.close()
+        if not self._settled:
+            batcher.settle(self._conclude(Outcome.CANCELLED))
 
-    def _conclude(self, outcome: Reservation.Outcome) -> None:
+    def _outcome(self, problem: ChatError) -> Reservation.Outcome:
+        if problem is not self._why:
+            return Outcome.UPSTREAM_ERROR
+        return Outcome.STOPPED if isinstance(problem, Paused) else Outcome.TIMED_OUT
+
+    def _conclude(self, outcome: Reservation.Outcome) -> Settle:
+        """The settlement, and all that the chat has is given back."""
         self._settled = True
-        self._let_go()
-        batcher.settle(self._settlement(outcome))
-
-    def _let_go(self) -> None:
         if self._timer:
             self._timer.cancel()
-        if self._opening:
-            self._opening.cancel()
-        self._call.close()
-        self._place.leave()
+        self._slot.release()
         batcher.unwatch(self)
+        return self._settlement(outcome)
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
-        call, hold = self._call, self.hold
-        source, prompt, completion, total = UsageSource.NONE, 0, 0, 0
-        if call.billed and not (call.usage and call.ended):
-            prompt = hold.prompt_tokens
-            completion = answer_count(call.text, call.pieces, hold.model, hold.output_tokens)
-            source, total = UsageSource.COUNTED, prompt + completion
-        # What is reported before the end need not be the whole.
-        if (usage := call.usage) and (call.ended or usage.total_tokens >= total):
-            source, total = UsageSource.REPORTED, usage.total_tokens
-            prompt, completion = usage.prompt_tokens, usage.completion_tokens
-        return Settle(
-            hold=hold,
-            outcome=outcome,
-            source=source,
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=total,
+        calibration = batcher.calibration(self.hold.provider, self.hold.model)
+        return settlement(self.hold, outcome, self._what_came(), calibration, provider(self.hold.provider).unreported)
+
+    def _what_came(self) -> Received:
+        call = self._call
+        if not (call and call.billed):
+            return Received(billed=Billed.NOTHING)
+        answer = call.answer
+        return Received(
+            billed=Billed.PROMPT if call.refused else Billed.ANSWER,
+            tokens=max(self._received.total, self._pieces),
+            reasoning_tokens=self._reasoning.total,
+            ended=answer.ended,
+            report=answer.report,
+            report_is_last=answer.report_is_whole,
         )
 
-
-def _tick(stream: ref[ChatStream]) -> None:
-    """A timer that held its stream would keep a forgotten one, and its lease, alive."""
-    if alive := stream():
-        alive._tick()
-
-
-_draining: Final[set[asyncio.Task[None]]] = set()
+    def _give_up_reader(self) -> None:
+        """Its last frames are not read: it would keep its task, and what the server has for it, for ever."""
+        if self._reading and not self._reading.done():
+            self._reading.cancel()
 
 
-def _outcome(problem: ChatError) -> Reservation.Outcome:
-    if isinstance(problem, Paused):
-        return Outcome.STOPPED
-    return Outcome.TIMED_OUT if isinstance(problem, UpstreamTimeout) else Outcome.UPSTREAM_ERROR
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter and not waiter.done():
+        waiter.set_result(None)
+
+
+_pumps: Final[set[asyncio.Task[None]]] = set()  # a loop's own references to its tasks are weak

@@ -85,11 +85,11 @@ class Reply(Script):
         cls,
         status: int,
         *,
-        message: str = f"Incorrect API key provided: {SECRET}",
+        message: str = f"The provider's own words, with a key: {SECRET}",
         retry_after: float | str | None = None,
         **options: Any,
     ) -> Reply:
-        """An error as OpenAI words it."""
+        """An error in OpenAI's form."""
         headers = {"content-type": "application/json"} | options.pop("headers", {})
         if retry_after is not None:
             headers["retry-after"] = str(retry_after)

@@ -86,3 +86,23 @@ def answer_count(text: str, pieces: int, model: str, allowance: int) -> int:
     if toktok is None or encoding_of(model) is None:
         counted = min(counted, allowance)
     return max(counted, pieces)
+
+
+class Counter:
+    """stand-in"""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._text: list[str] = []
+        self.bytes = 0
+
+    def add(self, text: str) -> None:
+        self._text.append(text)
+        self.bytes += len(text.encode())
+
+    @property
+    def total(self) -> int:
+        return count(["".join(self._text)], self._model)
+
+    def exceeds(self, limit: int) -> bool:
+        return self.bytes > limit and self.total > limit

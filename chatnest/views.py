@@ -27,12 +27,12 @@ from .errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from .ledger import Hold, Reserve
+from .ledger import Reserve
 from .ledger.batcher import batcher
 from .limits import profile_name
 from .policy import Terms
-from .provider.call import Call, request_body
-from .stream import ChatStream, Place
+from .slots import StreamSlot
+from .stream import Chat, ChatStream
 from .tokens import prompt_bound
 from .wires import ChatRequest, Message, chatnest
 
@@ -48,8 +48,16 @@ class EventStreamResponse(StreamingHttpResponse):
         super().__init__(stream, content_type=chatnest.CONTENT_TYPE)
         self["Cache-Control"] = "no-cache"
         self["X-Accel-Buffering"] = "no"
-        # GZipMiddleware would hold frames back; Django 5.2's makes a stream that many clients cannot read.
-        self["Content-Encoding"] = "identity"
+
+    def has_header(self, header: str) -> bool:
+        """Compressing middleware leave alone what is encoded already: they would hold frames back.
+
+        To be asked is enough; ``Content-Encoding: identity`` on the wire is refused by clients that know only what
+        they asked for (https://www.rfc-editor.org/rfc/rfc9110#section-8.4.1 lets nobody send it).
+        """
+        return header.lower() == "content-encoding" or super().has_header(header)
+
+    __contains__ = has_header
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         # Django's own goes through two more generators a frame, and closes neither of them.
@@ -94,11 +102,11 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
     accounts = await charged(request)
     asked = chatnest.parse(read_body(request))
     terms = (await batcher.policy()).terms(accounts, asked.profile, asked)
-    place = Place()
+    slot = StreamSlot()
     try:
-        stream = await open_stream(asked, terms, place)
+        stream = await open_stream(asked, terms, slot)
     except BaseException:
-        place.leave()
+        slot.release()
         raise
     return EventStreamResponse(stream)
 
@@ -138,17 +146,20 @@ def read_body(request: HttpRequest) -> bytes:
     return body
 
 
-async def open_stream(asked: ChatRequest, terms: Terms, place: Place) -> ChatStream:
-    """Reserve what the answer may cost, then prepare the call. Raises ChatError."""
+async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> ChatStream:
+    """Reserve what the answer may cost. Raises ChatError."""
     messages = prompt(asked, terms)
-    hold = await reserve(terms, await prompt_bound(messages, terms.model))
-    body = request_body(
+    ask = reservation(terms, await prompt_bound(messages, terms.model))
+    hold = await batcher.reserve(ask)
+    chat = Chat(
+        ask,
+        hold,
         messages,
-        model=terms.model,
         temperature=terms.limits.temperature,
-        max_tokens=hold.output_tokens,
+        dropped=max(0, len(asked.messages) - terms.limits.max_messages),
+        slot=slot,
     )
-    return ChatStream(hold, Call(body), place)
+    return ChatStream(chat)
 
 
 def prompt(asked: ChatRequest, terms: Terms) -> list[Message]:
@@ -158,20 +169,18 @@ def prompt(asked: ChatRequest, terms: Terms) -> list[Message]:
     return system + list(asked.messages[-kept:] if kept else ())
 
 
-async def reserve(terms: Terms, prompt_tokens: int) -> Hold:
+def reservation(terms: Terms, prompt_tokens: int) -> Reserve:
     limits = terms.limits
     if prompt_tokens + limits.max_output_tokens > limits.max_tokens_per_request:
         raise RequestTooLarge()
-    return await batcher.reserve(
-        Reserve(
-            budgets=terms.budgets,
-            profile=terms.profile,
-            model=terms.model,
-            prompt_tokens=prompt_tokens,
-            max_output_tokens=limits.max_output_tokens,
-            min_output_tokens=settings.MIN_OUTPUT_TOKENS,
-            rate_max_requests=limits.rate_max_requests,
-            rate_window_seconds=limits.rate_window_seconds,
-            max_concurrent_streams=limits.max_concurrent_streams,
-        )
+    return Reserve(
+        budgets=terms.budgets,
+        profile=terms.profile,
+        model=terms.model,
+        prompt_tokens=prompt_tokens,
+        max_output_tokens=limits.max_output_tokens,
+        min_output_tokens=settings.MIN_OUTPUT_TOKENS,
+        rate_max_requests=limits.rate_max_requests,
+        rate_window_seconds=limits.rate_window_seconds,
+        max_concurrent_streams=limits.max_concurrent_streams,
     )

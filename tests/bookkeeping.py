@@ -13,7 +13,7 @@ from chatnest import ledger
 from chatnest.conf import settings
 from chatnest.errors import ChatError
 from chatnest.ledger import Hold, Operation, Reserve, Settle
-from chatnest.models import Adjustment, DailyUsage, Reservation
+from chatnest.models import Adjustment, Calibration, DailyUsage, Reservation
 
 Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
 
@@ -69,11 +69,17 @@ def hold_of(question: Reserve) -> Hold:
         id=question.id,
         day=question.day,
         budgets=question.budgets,
+        provider=question.provider,
         model=question.model,
         prompt_tokens=question.prompt_tokens,
         output_tokens=0,
         remaining=0,
     )
+
+
+def known(**learned: Any) -> Calibration:
+    """A model whose reports have hidden nothing, but for what is named."""
+    return Calibration(**{"provider": "default", "model": "gpt-4o-mini", "reports": 1, **learned})
 
 
 def given_back(hold: Hold) -> Settle:

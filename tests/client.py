@@ -35,7 +35,7 @@ class Answer:
 
     @property
     def frames(self) -> list[Frame]:
-        assert self.headers["content-type"] == "text/event-stream", self.text
+        assert self.headers["content-type"] == "text/event-stream; charset=utf-8", self.text
         return frames_of(self.text)
 
     @property

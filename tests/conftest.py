@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import uvicorn
+from django.utils import timezone
 from hypothesis import settings as hypothesis_settings
 
 from chatnest.ledger.batcher import batcher
-from chatnest.limits import DEFAULT_PROFILES
-from chatnest.models import Profile, Reservation
+from chatnest.limits import DEFAULT_MODEL, DEFAULT_PROFILES
+from chatnest.models import Calibration, Profile, Reservation
 from chatnest.testing import FakeUpstream
 from project.asgi import application
 
@@ -98,7 +99,15 @@ def server() -> Iterator[uvicorn.Server]:
 
 
 @pytest.fixture
-def client(server: uvicorn.Server, database: str, upstream: FakeUpstream) -> Iterator[Client]:
+def known_model(database: str) -> Calibration:
+    """The default model has reported before: what is not reported is counted, and not the whole hold."""
+    row = Calibration(provider="default", model=DEFAULT_MODEL, reports=1, updated_at=timezone.now())
+    row.save(using=database)
+    return row
+
+
+@pytest.fixture
+def client(server: uvicorn.Server, database: str, upstream: FakeUpstream, known_model: Calibration) -> Iterator[Client]:
     """An anonymous client of the real server, on each database, before the scripted upstream."""
     yield Client(port_of(server))
     # A reader who left is forgotten by the test before the server has noticed: the next test is not to see it.
@@ -127,6 +136,15 @@ def edit_profile(database: str) -> EditProfile:
         return row
 
     return edit_profile
+
+
+@pytest.fixture
+def generous(configure: Configure, edit_profile: EditProfile) -> None:
+    """Answers may be of any length: for stories of readers who stall, which fill every buffer on the way."""
+    most = 10**9
+    caps = {"max_output_tokens": most, "max_tokens_per_request": 2 * most, "daily_token_limit": 2 * most}
+    configure(HARD_CAPS=caps, SITE_DAILY_TOKEN_LIMIT=2 * most)
+    edit_profile(**caps)
 
 
 def stalled(upstream: FakeUpstream, seconds: float) -> int:

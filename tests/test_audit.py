@@ -299,7 +299,7 @@ def test_a_pruned_day_keeps_its_usage_and_its_proof(open_hold: Hold, clock: Cloc
     assert not rows(Reservation).exists()
     assert not rows(RateWindow).exists()
     assert snapshot(rows) == before
-    kept = {row.account: (row.day, row.tokens, row.reason) for row in rows(Adjustment)}
+    kept = {row.account: (row.day, row.tokens, row.kind) for row in rows(Adjustment)}
     assert kept == {usage["account"]: (TODAY, usage["tokens_used"], "pruned") for usage in before}
     assert rows(Adjustment).count() == len(kept)
     assert verify() == []
@@ -320,7 +320,7 @@ def test_a_dry_run_tells_what_the_real_one_does(open_hold: Hold, clock: Clock, r
     reservations = rows(Reservation).count()
     told = prune(ledger.today(), dry_run=True)
     assert rows(Reservation).count() == reservations
-    assert not rows(Adjustment).filter(reason="pruned").exists()
+    assert not rows(Adjustment).filter(kind="pruned").exists()
     assert prune(ledger.today()) == told
 
 
@@ -406,7 +406,7 @@ def test_a_settlement_later_than_that_is_still_proven(database: str, clock: Cloc
     assert counters("user:1", TODAY) == (140, 0, 1)
     assert verify() == []
     assert prune(ledger.today()).reservations == 1
-    assert list(rows(Adjustment).order_by("account").values_list("account", "tokens", "reason")) == [
+    assert list(rows(Adjustment).order_by("account").values_list("account", "tokens", "kind")) == [
         ("site", 140, "pruned"),
         ("user:1", 140, "pruned"),
     ]
@@ -449,7 +449,7 @@ def test_a_day_that_cost_nothing_is_marked_as_pruned_too(database: str, clock: C
     do(Settle(hold=do(ask()), outcome=Outcome.UPSTREAM_ERROR))
     clock.set(LATER)
     prune(ledger.today())
-    assert set(rows(Adjustment).values_list("tokens", "reason")) == {(0, "pruned")}
+    assert set(rows(Adjustment).values_list("tokens", "kind")) == {(0, "pruned")}
     assert verify() == []
 
 

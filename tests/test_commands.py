@@ -125,7 +125,7 @@ def test_differences_are_told_and_then_repaired(chats: Hold, manage: Manage, dat
 
 def test_what_cannot_be_repaired_stays_a_failure(chats: Hold, manage: Manage, database: str) -> None:
     Adjustment.objects.using(database).create(
-        day=TODAY, account="user:3", tokens=-5, reason="by hand", created_at=timezone.now()
+        day=TODAY, account="user:3", tokens=-5, kind="forgiven", reason="by hand", created_at=timezone.now()
     )
     told = manage("chatnest_verify", "--repair")
     assert told.code == 1

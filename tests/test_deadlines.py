@@ -13,7 +13,7 @@ import pytest
 from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
-from .client import Client, Frame
+from .client import HELLO, Client, Frame
 from .conftest import Configure, Settled, eventually, on_sqlite, stalled
 
 pytestmark = on_sqlite
@@ -30,7 +30,7 @@ TIMEOUT = {
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between attempts nobody waits, unless the provider says how long."""
-    monkeypatch.setattr("chatnest.provider.call.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("chatnest.stream.random.uniform", lambda low, high: 0.0)
 
 
 def only(rows: list[Reservation], outcome: str, source: str, tokens: int) -> None:
@@ -99,10 +99,9 @@ def test_a_providers_own_heartbeats_are_not_passed_on_as_silence(
     [
         Reply("Hi", gate_after=-1),
         Reply("Hi", gate_after=0),
-        Reply({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, gate_after=1),
         Reply(b": waiting\n\n", repeat=True, pause=0.01),
     ],
-    ids=["no head", "no piece", "no text", "only comments"],
+    ids=["no head", "no piece", "only comments"],
 )
 def test_an_answer_that_does_not_begin_is_given_up(
     client: Client, upstream: FakeUpstream, configure: Configure, settled: Settled, reply: Reply
@@ -161,6 +160,7 @@ def test_no_answer_goes_on_for_ever(
     assert row.completion_tokens >= answer.events.count("token") > 5
 
 
+@pytest.mark.usefixtures("generous")
 def test_no_answer_goes_on_for_ever_even_if_nobody_reads_it(
     client: Client, upstream: FakeUpstream, configure: Configure, settled: Settled
 ) -> None:
@@ -174,6 +174,7 @@ def test_no_answer_goes_on_for_ever_even_if_nobody_reads_it(
     assert (row.outcome, row.usage_source) == ("timed_out", "counted")
 
 
+@pytest.mark.usefixtures("generous")
 def test_a_reader_who_is_slow_is_not_the_models_fault(
     client: Client, upstream: FakeUpstream, configure: Configure, settled: Settled
 ) -> None:
@@ -192,7 +193,7 @@ def test_a_reader_who_is_slow_is_not_the_models_fault(
 # Retries.
 
 
-@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+@pytest.mark.parametrize("status", [409, 429, 500, 502, 503, 529])
 @pytest.mark.usefixtures("impatient")
 def test_what_may_pass_is_tried_again_before_the_first_byte(
     client: Client, upstream: FakeUpstream, settled: Settled, status: int
@@ -205,24 +206,37 @@ def test_what_may_pass_is_tried_again_before_the_first_byte(
     only(settled(), "completed", "reported", 13)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "upstream_rejected"),
+        (401, "upstream_misconfigured"),
+        (403, "upstream_misconfigured"),
+        (404, "upstream_misconfigured"),
+        (413, "context_length_exceeded"),
+        (422, "upstream_rejected"),
+    ],
+)
 def test_what_will_not_pass_is_not_tried_again(
-    client: Client, upstream: FakeUpstream, settled: Settled, status: int
+    client: Client, upstream: FakeUpstream, settled: Settled, status: int, code: str
 ) -> None:
     upstream.replies(Reply.refuse(status, retry_after=0), Reply("Hi"))
-    assert client.chat().data("error")["code"] == "upstream_rejected"
+    assert client.chat().data("error")["code"] == code
     assert len(upstream.requests) == 1
     only(settled(), "upstream_error", "none", 0)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_connection_that_is_cut_before_the_answer_is_tried_again(
+def test_a_connection_that_is_cut_before_the_answer_is_tried_again_and_both_are_paid(
     client: Client, upstream: FakeUpstream, settled: Settled
 ) -> None:
+    """The provider had the request: nobody knows what it bills for it."""
     upstream.replies(Reply("Hi", cut_after=-1), Reply("Hi"))
     assert client.chat().events[-1] == "done"
     assert len(upstream.requests) == 2
-    only(settled(), "completed", "reported", 13)
+    first, second = settled()
+    only([first], "upstream_error", "counted", HELLO_BOUND)
+    only([second], "completed", "reported", 13)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -231,6 +245,30 @@ def test_an_attempt_that_was_cut_and_then_refused_may_have_been_billed(
 ) -> None:
     upstream.replies(Reply("Hi", cut_after=-1), Reply.refuse(400))
     assert client.chat().data("error")["code"] == "upstream_rejected"
+    first, second = settled()
+    only([first], "upstream_error", "counted", HELLO_BOUND)
+    only([second], "upstream_error", "none", 0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_retry_that_no_budget_is_left_for_is_not_made(
+    client: Client, upstream: FakeUpstream, settled: Settled
+) -> None:
+    upstream.replies(Reply("Hi", cut_after=-1), Reply("Hi"))
+    answer = client.chat({**HELLO, "dailyTokenLimit": HELLO_BOUND + 65})
+    assert answer.data("error")["code"] == "upstream_unavailable"
+    assert len(upstream.requests) == 1
+    only(settled(), "upstream_error", "counted", HELLO_BOUND)
+
+
+@pytest.mark.parametrize("status", [408, 504, 524])
+def test_a_gateway_that_gave_up_waiting_is_not_asked_again(
+    client: Client, upstream: FakeUpstream, settled: Settled, status: int
+) -> None:
+    """The model behind it goes on, and is paid for."""
+    upstream.replies(Reply.refuse(status), Reply("Hi"))
+    assert client.chat().data("error")["code"] == "upstream_timeout"
+    assert len(upstream.requests) == 1
     only(settled(), "upstream_error", "counted", HELLO_BOUND)
 
 
@@ -242,7 +280,7 @@ def test_a_provider_that_is_away_is_tried_three_times(
         port = listener.getsockname()[1]
     configure(OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1")
     assert client.chat().data("error")["code"] == "upstream_unavailable"
-    assert caplog.text.count("cannot be reached") == 3
+    assert caplog.text.count("no connection could be made") == 3
     only(settled(), "upstream_error", "none", 0)
 
 
@@ -276,13 +314,13 @@ def test_after_the_first_byte_nothing_is_tried_again(
     upstream.replies(reply, Reply("Hi"))
     assert client.chat().data("error")["code"] == "upstream_broken"
     assert len(upstream.requests) == 1
-    assert settled()[0].usage_source == "counted"
+    assert settled()[0].tokens_charged > 0
 
 
 def test_between_attempts_there_is_a_pause_that_grows(
     client: Client, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatnest.provider.call.random.uniform", lambda low, high: low)
+    monkeypatch.setattr("chatnest.stream.random.uniform", lambda low, high: low)
     upstream.replies(Reply.refuse(503), Reply.refuse(503), Reply("Hi"))
     began = time.monotonic()
     with client.stream() as stream:
@@ -340,7 +378,7 @@ def test_a_client_that_leaves_between_attempts_ends_them(
     upstream.replies(Reply.refuse(503, retry_after=1), Reply("Hi"))
     with client.stream() as stream:
         stream.next()
-        eventually(lambda: "refused with 503" in caplog.text)
+        eventually(lambda: "unavailable" in caplog.text)
     only(settled(), "cancelled", "none", 0)
     with pytest.raises(TimeoutError):
         upstream.wait_for_request(2, timeout=1.2)

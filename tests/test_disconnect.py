@@ -127,6 +127,7 @@ def test_a_connection_that_is_reset_is_a_closed_tab_too(
 
 
 @on_sqlite
+@pytest.mark.usefixtures("generous")
 def test_a_reader_who_took_nothing_for_long_may_leave_too(
     client: Client, upstream: FakeUpstream, settled: Settled
 ) -> None:
@@ -223,24 +224,30 @@ def test_an_answer_can_be_drained_to_learn_what_it_cost(
 
 @on_sqlite
 @pytest.mark.parametrize(
-    ("reply", "tokens"),
+    ("reply", "source", "tokens"),
     [
-        (Reply("Hello", gate_after=1), HELLO_BOUND + 1),
-        (Reply("Hello", gate_after=0), HELLO_BOUND),
-        (Reply("Hello", *["x"] * 5, b"data: {oops\n\n", pause=0.03), HELLO_BOUND + 6),
+        (Reply("Hello", gate_after=1), "counted", HELLO_BOUND + 1),
+        (Reply("Hello", gate_after=0), "counted", HELLO_BOUND),
+        (Reply("Hello", *["x"] * 5, b"data: {oops\n\n", pause=0.03), "reported", 12 + 6),
     ],
     ids=["silent", "silent from the start", "broken"],
 )
 def test_a_drain_ends_as_an_answer_would(
-    client: Client, upstream: FakeUpstream, settled: Settled, configure: Configure, reply: Reply, tokens: int
+    client: Client,
+    upstream: FakeUpstream,
+    settled: Settled,
+    configure: Configure,
+    reply: Reply,
+    source: str,
+    tokens: int,
 ) -> None:
-    configure(ON_DISCONNECT="drain", GAP_SECONDS=0.3)
+    configure(ON_DISCONNECT="drain", GAP_SECONDS=0.3, FIRST_TOKEN_SECONDS=0.5)
     upstream.replies(reply)
     with client.stream() as stream:
         stream.until("start")
         upstream.wait_for_request()
     (row,) = settled()
-    assert (row.outcome, row.usage_source) == ("cancelled", "counted")
+    assert (row.outcome, row.usage_source) == ("cancelled", source)
     assert row.tokens_charged == tokens
     assert len(upstream.requests) == 1
 

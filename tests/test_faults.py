@@ -26,10 +26,10 @@ from django.utils import timezone
 
 from chatnest import ledger
 from chatnest.errors import LedgerUnavailable
-from chatnest.ledger import Hold, Reserve
+from chatnest.ledger import Hold, Lesson, Reserve
 from chatnest.ledger.audit import verify
 from chatnest.ledger.batcher import batcher
-from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
+from chatnest.models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
 from chatnest.testing import FakeUpstream, Reply
 from project.asgi import application
 
@@ -126,10 +126,12 @@ def test_a_connection_lost_anywhere_in_a_settlement_charges_it_once(database: st
 
     async def story(point: int) -> None:
         (hold,) = await aside(lambda: ledger.apply([ask(of(point))]))
-        left.append(await batcher.settled(used(hold, 50)))
+        lesson = Lesson(provider=hold.provider, model=hold.model)
+        left.append(await batcher.settled(used(hold, 50, lesson=lesson)))
 
     points = asyncio.run(each_point(faults, faults.lose, story))
     assert points >= 6
+    assert Calibration.objects.using(database).get().reports == points + 1
     assert left == [950] * (points + 1)
     assert outcomes(database) == [("completed", 50)] * (points + 1)
     assert counters("site") == (50 * (points + 1), 0, points + 1)

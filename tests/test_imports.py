@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 # From the ground up. Rooms of one floor may import each other, in no circle.
 FLOORS = [
     {"conf", "errors"},
-    {"limits", "tokens", "accounts", "provider", "wires"},
+    {"limits", "tokens", "accounts", "provider", "wires", "slots"},
     {"models"},
     {"policy"},
     {"ledger"},
@@ -102,14 +102,15 @@ def test_the_app_imports_only_what_it_declares() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert {line.split(">")[0] for line in declared} == {
         "django",
-        "httptools",
-        "aiohappyeyeballs",
+        "openai",
+        "httpx2",
+        "aiohttp",
         "msgspec",
         "toktok-rs",
     }
     roots = {name.partition(".")[0] for path in files() for name in imported(path)} - set(sys.stdlib_module_names)
     # asgiref is Django's own.
-    assert roots == {"chatnest", "django", "asgiref", "httptools", "aiohappyeyeballs", "msgspec", "toktok"}
+    assert roots == {"chatnest", "django", "asgiref", "openai", "httpx2", "aiohttp", "msgspec", "toktok"}
 
 
 def test_the_map_in_the_packages_docstring_names_every_room() -> None:

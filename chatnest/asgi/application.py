@@ -14,7 +14,7 @@ from django.core import signals
 from django.db import close_old_connections, reset_queries
 from django.urls import get_resolver
 
-from ..provider.connection import tls
+from ..provider.http import tls
 from ..tokens import warm_up
 from .threads import BorrowedThread
 

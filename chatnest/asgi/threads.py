@@ -14,14 +14,12 @@ from typing import Any, Final, TypeVar
 from asgiref.sync import SyncToAsync
 from django.db import close_old_connections, connections, reset_queries
 
-from ..ledger.batcher import let_the_loop_go_first
-
 T = TypeVar("T")
 
 IDLE_THREADS: Final = 4
 
 
-ENDS: Final = ThreadPoolExecutor(1, "chatnest-ends", let_the_loop_go_first)
+ENDS: Final = ThreadPoolExecutor(1, "chatnest-ends")
 
 
 class BorrowedThread(Executor):

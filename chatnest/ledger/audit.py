@@ -16,16 +16,16 @@ from datetime import date, timedelta
 from typing import Any, Final
 
 from django.db import models, transaction
-from django.db.models import Case, CharField, Count, F, Q, QuerySet, Sum, TextField, Value, When
+from django.db.models import CharField, Count, F, Q, QuerySet, Sum, TextField, Value
 from django.db.models.functions import Cast
 from django.utils import timezone
 
 from ..conf import settings
 from ..models import Adjustment, DailyUsage, RateWindow, Reservation
-from . import operations
+from . import leases
 from .book import Book
+from .days import today
 
-PRUNED: Final = "pruned"  # the reason of the adjustment that stands for an account's deleted rows of a day
 BATCH: Final = 1000  # rows deleted in a transaction
 MANY: Final = 10_000  # accounts repaired in a transaction, which reads the day once more
 GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may yet be settled
@@ -33,6 +33,7 @@ GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may y
 # What is proven; of an account and day that were pruned, only the first two still can be.
 FIELDS: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
 
+PRUNED: Final = Adjustment.Kind.PRUNED
 Progress = Callable[[str], object]
 
 
@@ -113,7 +114,7 @@ def _differences(day: date) -> list[Discrepancy]:
 
 def _read(day: date) -> Iterator[tuple[Any, ...]]:
     """A day's counters and the sums of its rows: a kind, the account (or the JSON of several), and FIELDS."""
-    nothing, kind = Value(0), Case(When(reason=PRUNED, then=Value(PRUNED)), default=Value("adjusted"))
+    nothing = Value(0)
     stored = _all(DailyUsage, day=day).values_list(Value("stored", CharField()), "account", *FIELDS)
     charged = (
         _all(Reservation, day=day)
@@ -127,7 +128,7 @@ def _read(day: date) -> Iterator[tuple[Any, ...]]:
         )
         .values_list("kind", "name", "reserved", "used", "prompt", "completion", "number")
     )
-    adjustments = _all(Adjustment, day=day).values(kind=kind, name=F("account")).annotate(used=Sum("tokens"))
+    adjustments = _all(Adjustment, day=day).values("kind", name=F("account")).annotate(used=Sum("tokens"))
     adjusted = adjustments.values_list("kind", "name", nothing, "used", nothing, nothing, nothing)
     # Django 6.1 orders a union as the first model is ordered, unless told not to.
     return stored.union(charged, adjusted, all=True).order_by().iterator()
@@ -154,7 +155,7 @@ def _charge_overdue() -> None:
     """As the ledger does whenever it is asked; where nobody chats, nobody asks it."""
     rows = Reservation.objects.using(settings.DATABASE_ALIAS)
     while overdue := list(rows.overdue(timezone.now()).values_list("id", flat=True)[:BATCH]):
-        operations.expire(overdue)
+        leases.expire(overdue)
 
 
 # Pruning
@@ -166,7 +167,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
     One adjustment for each account and day stands for what was deleted of it, written in the same
     transaction: every commit can be proven, so it may be interrupted anywhere, and run again.
     """
-    if before > operations.today():
+    if before > today():
         raise ValueError("Today's rows are in use: only days that are over can be pruned.")
     if not dry_run:
         _charge_overdue()
@@ -179,7 +180,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
                 progress(", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in deleted.items()))
 
     skipped = []
-    unpruned = _all(Adjustment, day__lt=before).exclude(reason=PRUNED)
+    unpruned = _all(Adjustment, day__lt=before).exclude(kind=PRUNED)
     for day in _days(_all(Reservation, day__lt=before), unpruned):
         reservations, adjustments = _all(Reservation, day=day), unpruned.filter(day=day)
         if reservations.filter(_unsettled()).exists():
@@ -196,8 +197,8 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
 
 def _unsettled() -> Q:
     """Open, or charged in full for want of a settlement that may only be late."""
-    held = Q(usage_source=Reservation.UsageSource.HELD, expires_at__gt=timezone.now() - GRACE)
-    return Q(state=Reservation.State.OPEN) | held
+    awaited = Q(usage_source=Reservation.UsageSource.HELD, prompt_tokens=0, completion_tokens=0)
+    return Q(state=Reservation.State.OPEN) | awaited & Q(expires_at__gt=timezone.now() - GRACE)
 
 
 def _passed() -> Q:
@@ -215,7 +216,7 @@ def _fold(day: date, rows: QuerySet[Any], names: str, tokens: str) -> Iterator[i
         with transaction.atomic(using=settings.DATABASE_ALIAS):
             Book(keys=[(day, account) for account in accounts])  # for its locks: a late settlement waits
             chosen = rows.filter(pk__in=batch)
-            earlier = _all(Adjustment, day=day, account__in=accounts, reason=PRUNED)
+            earlier = _all(Adjustment, day=day, account__in=accounts, kind=PRUNED)
             sums = dict.fromkeys(accounts, 0)
             for value, count in (*chosen.values_list(names, tokens), *earlier.values_list("account", "tokens")):
                 for account in _listed(value):
@@ -223,7 +224,7 @@ def _fold(day: date, rows: QuerySet[Any], names: str, tokens: str) -> Iterator[i
             earlier.delete()
             number, _ = chosen.delete()
             _all(Adjustment).bulk_create(
-                Adjustment(day=day, account=account, tokens=total, reason=PRUNED, created_at=timezone.now())
+                Adjustment(day=day, account=account, tokens=total, kind=PRUNED, created_at=timezone.now())
                 for account, total in sums.items()
             )
         yield number

@@ -28,9 +28,9 @@ from django.db import DataError, Error, IntegrityError, connections
 
 from ..conf import settings
 from ..errors import InternalError, LedgerUnavailable, Overloaded
-from ..models import Reservation
+from ..models import Calibration, Reservation
 from ..policy import FRESH_SECONDS, Policy
-from . import operations
+from . import decisions, leases
 from .operations import Hold, Operation, Reserve, Settle
 
 T = TypeVar("T")
@@ -106,6 +106,11 @@ class Batcher:
             policy = self._policy = Policy.read()
             self._policy_read = time.monotonic()
         return policy
+
+    def calibration(self, provider: str, model: str) -> Calibration | None:
+        """What was known of a model when the policy was last read."""
+        policy = self._policy
+        return policy.calibrations.get((provider, model)) if policy else None
 
     def forget_policy(self) -> None:
         self._policy = None
@@ -262,7 +267,7 @@ class Worker:
     def _commit(self, jobs: list[Job]) -> None:
         asked = [job.work for job in jobs if not callable(job.work)]
         try:
-            answers = self._with_fresh_connection(lambda: operations.apply(asked))
+            answers = self._with_fresh_connection(lambda: decisions.apply(asked))
         except Exception as error:
             if _is_outage(error):
                 self._put_off(jobs, error)
@@ -305,7 +310,7 @@ class Worker:
         self._stirred = False
         self._look_at = time.monotonic() + LOOK_SECONDS
         try:
-            self._with_fresh_connection(operations.expire_overdue)
+            self._with_fresh_connection(leases.expire_overdue)
         except Exception as error:
             logger.warning("Overdue leases cannot be charged now: %s", error)
             connections[self._alias].close()
@@ -318,7 +323,7 @@ class Worker:
         if not streams:
             return
         try:
-            stopped, paused = self._with_fresh_connection(lambda: operations.renew([s.hold.id for s in streams]))
+            stopped, paused = self._with_fresh_connection(lambda: leases.renew([s.hold.id for s in streams]))
         except Exception as error:
             logger.warning("Leases cannot be renewed: %s", error)
             connections[self._alias].close()
@@ -359,6 +364,7 @@ def _undo(ask: Reserve) -> Settle:
         id=ask.id,
         day=ask.day,
         budgets=ask.budgets,
+        provider=ask.provider,
         model=ask.model,
         prompt_tokens=ask.prompt_tokens,
         output_tokens=0,

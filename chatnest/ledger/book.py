@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final
@@ -17,17 +18,18 @@ from uuid import UUID
 import msgspec
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Max, Q
 from django.utils import timezone
 
-from ..conf import settings, time_zone
-from ..models import Adjustment, DailyUsage, RateWindow, Reservation
+from ..conf import settings
+from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
 from .bulk import Rows, Statement, insert, names, run, statement, table, update
+from .operations import Lesson
 
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
 Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
-LATE: Final = "settled late"  # how the reason of such an adjustment begins
-State, UsageSource = Reservation.State, Reservation.UsageSource
+State, UsageSource, Kind = Reservation.State, Reservation.UsageSource, Adjustment.Kind
 
 
 class Held(msgspec.Struct, eq=False):
@@ -47,6 +49,11 @@ class Held(msgspec.Struct, eq=False):
     settled_at: datetime | None = None
     is_overdue: bool = False
 
+    @property
+    def awaits_settlement(self) -> bool:
+        """Charged by its lease or an operator, for want of a settlement, which would have recorded its tokens."""
+        return self.usage_source == UsageSource.HELD and not (self.prompt_tokens or self.completion_tokens)
+
 
 class Usage(msgspec.Struct, eq=False):
     """A usage row."""
@@ -61,17 +68,27 @@ class Usage(msgspec.Struct, eq=False):
 
 
 _COUNTERS: Final = Usage.__struct_fields__[2:]
+_NOTHING_LEARNED: Final = {
+    "reports": 0,
+    "prompt_excess": 0,
+    "completion_excess": 0,
+    "reasons_unseen": False,
+    "ignores_max_tokens": False,
+}
 _HELD: Final = Held.__struct_fields__[:-1]
 _RESOLUTION: Final = ("id", *_HELD[5:])
+_EVER_MORE: Final = """ON CONFLICT ("provider", "model") DO UPDATE SET
+    "reports" = {row}."reports" + excluded."reports",
+    "prompt_excess" = {greatest}({row}."prompt_excess", excluded."prompt_excess"),
+    "completion_excess" = {greatest}({row}."completion_excess", excluded."completion_excess"),
+    "reasons_unseen" = {row}."reasons_unseen" OR excluded."reasons_unseen",
+    "ignores_max_tokens" = {row}."ignores_max_tokens" OR excluded."ignores_max_tokens",
+    "updated_at" = excluded."updated_at"
+"""
 _ONE_MORE: Final = (
     'ON CONFLICT ("account", "window_start", "window_seconds", "day") '
     f'DO UPDATE SET "count" = {table(RateWindow)}."count" + excluded."count"'
 )
-
-
-def today(now: datetime | None = None) -> date:
-    """The budget's day: the local date, so a day has 23 or 25 hours where clocks change."""
-    return timezone.localdate(now, time_zone())
 
 
 class Book:
@@ -95,6 +112,9 @@ class Book:
         self._posted: set[Key] = set()
         self._counted: Counter[tuple[date, Rate]] = Counter()
         self._adjustments: list[dict[str, Any]] = []
+        self._forgiven_now: set[Key] = set()
+        self._learned: dict[tuple[str, str], dict[str, Any]] = {}
+        self.after_commit: list[Callable[[], object]] = []
         self._read(sorted(set(keys)), sorted(set(ids)))
 
     # Reading: all in one round trip, the locks first.
@@ -173,6 +193,11 @@ class Book:
         return connections[self._alias]
 
     @property
+    def _ever_more(self) -> str:
+        greatest = "GREATEST" if self._connection.vendor == "postgresql" else "max"
+        return _EVER_MORE.format(row=table(Calibration), greatest=greatest)
+
+    @property
     def _for_update(self) -> str:
         # SQLite has one writer at a time, and a transaction there begins as one (transaction_mode IMMEDIATE).
         return " FOR UPDATE" if self._connection.features.has_select_for_update else ""
@@ -199,13 +224,19 @@ class Book:
         this, last = self._rates[payer, seconds]
         return this, last, (self.now - self._windows(seconds)[0]).total_seconds() / seconds
 
-    def was_reset(self, day: date, account: str, since: datetime | None) -> bool:
-        """Whether what the account had used by then was forgiven: all adjustments but late ones are resets."""
-        earlier = Adjustment.objects.using(self._alias).filter(day=day, account=account, created_at__gte=since)
-        return earlier.exclude(reason__startswith=LATE).exists() or any(
-            (row["day"], row["account"]) == (day, account) and not row["reason"].startswith(LATE)
-            for row in self._adjustments
-        )
+    def was_forgiven(self, day: date, account: str, since: datetime) -> bool:
+        """Whether what the account had used by then was forgiven."""
+        key = day, account
+        return key in self._forgiven_now or (key in self._forgiven and self._forgiven[key] >= since)
+
+    @cached_property
+    def _forgiven(self) -> dict[Key, datetime]:
+        """When each account was last forgiven anything. Few transactions ask; one that does asks for all it opened."""
+        chosen = Q(pk__in=())
+        for day, of_day in groupby(sorted(self._usage), itemgetter(0)):
+            chosen |= Q(day=day, account__in=[account for _, account in of_day])
+        rows = Adjustment.objects.using(self._alias).filter(chosen, kind=Kind.FORGIVEN).order_by()
+        return {(day, name): at for day, name, at in rows.values_list("day", "account").annotate(Max("created_at"))}
 
     # Changing.
 
@@ -235,20 +266,36 @@ class Book:
         self._rates[payer, seconds][0] += 1
         self._counted[day, (payer, seconds)] += 1
 
-    def adjust(self, day: date, account: str, tokens: int, *, reason: str, actor: str = "") -> None:
+    def adjust(
+        self, day: date, account: str, tokens: int, kind: Adjustment.Kind, *, reason: str = "", actor: str = ""
+    ) -> None:
         """Correct a day's use beside its charges."""
         if tokens:
             self.post(day, account, tokens_used=tokens)
+            if kind == Kind.FORGIVEN:
+                self._forgiven_now.add((day, account))
             self._adjustments.append(
                 {
                     "day": day,
                     "account": account,
                     "tokens": tokens,
+                    "kind": kind.value,
                     "reason": reason,
                     "actor": actor,
                     "created_at": self.now,
                 }
             )
+
+    def learn(self, lesson: Lesson) -> None:
+        """Add to what is known of a model: counts add up, excesses grow, a flag once raised stays."""
+        key = lesson.provider, lesson.model
+        known = self._learned.setdefault(key, {"provider": key[0], "model": key[1], **_NOTHING_LEARNED})
+        known["reports"] += lesson.reported
+        for excess in ("prompt_excess", "completion_excess"):
+            known[excess] = max(known[excess], getattr(lesson, excess))
+        for flag in ("reasons_unseen", "ignores_max_tokens"):
+            known[flag] = known[flag] or getattr(lesson, flag)
+        known["updated_at"] = self.now
 
     def write(self) -> None:
         """All in one round trip."""
@@ -265,6 +312,7 @@ class Book:
             }
             for (day, (payer, seconds)), count in self._counted.items()
         ]
+        learned = [row for _, row in sorted(self._learned.items())]
         run(
             self._alias,
             [
@@ -273,6 +321,7 @@ class Book:
                 *update(self._alias, DailyUsage, posted, by=("day", "account")),
                 *insert(self._alias, RateWindow, counted, _ONE_MORE),
                 *insert(self._alias, Adjustment, self._adjustments),
+                *insert(self._alias, Calibration, learned, self._ever_more),
             ],
         )
 

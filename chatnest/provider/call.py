@@ -1,297 +1,225 @@
-"""The provider: one call of an OpenAI-compatible model, from request to pieces of text and usage.
-
-Not the openai package: a read there cannot be cancelled without loss, and a heartbeat interrupts reads.
-"""
+"""One request to the provider, from sent to closed: what it answers, or why not."""
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import json
 import logging
-import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+import httpx2
 import msgspec
+import openai
+from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, Omit
 
-from ..conf import settings
-from ..errors import UpstreamBroken, UpstreamError, UpstreamRateLimited, UpstreamRejected, UpstreamUnavailable
+from ..conf import Provider, provider
+from ..errors import Overloaded, UpstreamError, UpstreamMisconfigured, UpstreamUnavailable
 from ..wires import Message
-from .connection import Connection, NotSent, connect, locate
-from .events import EventDecoder
+from . import failures
+from .answer import Answer
+from .chunks import Piece
+from .clients import client
+from .failures import Failure
+from .http import CONNECT_SECONDS, Body
 
 logger = logging.getLogger("chatnest.upstream")
 
-LOGGED_BYTES: Final = 1000
-MAX_EVENT_BYTES: Final = 2 * 1024 * 1024
-MAX_TOKENS: Final = 1_000_000_000  # no answer has more, and no sum of a day's answers overflows its column
-_TRANSIENT: Final = frozenset({408, 409, 429})
+LINGER_SECONDS: Final = 1  # for the last bytes of an answer whose end is known: then its connection can be used again
+POOL_SECONDS: Final = 1  # for a place in the pool of a client that the site made
+RETRY_WITHIN_SECONDS: Final = 5  # a connection that breaks later may have had the whole work done for it
+REPEAT_SECONDS: Final = 60  # between two lines about the same fault of the operator's
 
-
-class Usage(msgspec.Struct, frozen=True):
-    """What the provider says that it charges, in tokens."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    """The fields of a chunk that are read; decoding only these costs half a microsecond."""
-
-    choices: list[_Choice] = []
-    usage: Usage | None = None
-    error: Any = None
-
-
-_decode = msgspec.json.Decoder(_Chunk).decode
+_TIMEOUT: Final = httpx2.Timeout(None, connect=CONNECT_SECONDS, pool=POOL_SECONDS)  # deadlines are the stream's
+_HEADERS: Final[dict[str, Any]] = {
+    "Accept": "text/event-stream",
+    "Accept-Encoding": "identity",  # a token is seen when it comes
+    "x-stainless-retry-count": Omit(),
+    "x-stainless-read-timeout": Omit(),
+}
 _encode = msgspec.json.Encoder().encode
 
 
-def request_body(messages: Sequence[Message], *, model: str, temperature: float | None, max_tokens: int) -> bytes:
-    """The JSON of a streaming chat completion request."""
-    body: dict[str, object] = {
+class Call:
+    """``open`` it, ``read`` until None, ``close`` it; by one task only. ``max_tokens``: the answer's allowance.
+
+    ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: in how many seconds the same may then be
+    asked again, or None.
+    """
+
+    def __init__(
+        self, provider_name: str, model: str, messages: Sequence[Message], *, max_tokens: int, temperature: float | None
+    ) -> None:
+        self._provider = provider(provider_name)
+        self._model = model
+        self._request = _request(self._provider, model, messages, max_tokens, temperature)
+        self._body = Body(b"")
+        self._response: httpx2.Response | None = None
+        self._received: AsyncIterator[bytes] | None = None
+        self.refused = False
+        self._not_billed = False
+        self.answer = Answer()
+        self.retry_in: float | None = None
+
+    @property
+    def billed(self) -> bool:
+        """Whether the provider may charge for it: it was sent, and not refused in a way that says otherwise."""
+        return self._body.sent and not self._not_billed
+
+    async def open(self) -> None:
+        """Send the request and wait for the answer's head. Raises UpstreamError and Overloaded."""
+        failure = await self._post()
+        if failure and failure.stream_options_refused and self._request.pop("stream_options", None):
+            _without_stream_options.add(_key(self._provider))
+            failure = await self._post()
+        if failure:
+            self.refused, self._not_billed = True, not failure.error.billed
+            self.retry_in = failure.wait or 0.0 if failure.retry else None
+            raise self._logged(failure)
+
+    async def _post(self) -> Failure | None:
+        self._body = Body(_encode(self._request))
+        began = time.monotonic()
+        try:
+            maker = client(self._provider)
+            response: Any = await maker.post(
+                _path(maker, self._model),
+                content=self._body,
+                cast_to=httpx2.Response,  # as it is: a model for each chunk would cost ten times the relay
+                stream=True,
+                stream_cls=AsyncStream[Any],
+                options=self._options(),
+            )
+        except openai.APIStatusError as error:
+            refusal = error.response
+            seconds = time.monotonic() - began
+            return failures.refused(refusal.status_code, refusal.headers, refusal.content, seconds=seconds)
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, httpx2.PoolTimeout):
+                raise Overloaded(retry_after=1) from None
+            return self._unreachable(error.__cause__ or error, time.monotonic() - began)
+        except Exception as error:  # a CLIENT that cannot be made, a key that no header may hold
+            words = failures.printable(repr(error), failures.LOGGED_CHARACTERS)
+            return Failure(error=UpstreamMisconfigured(), cause="the client", words=words, retry=False, wait=None)
+        self._response = response
+        encoded = response.headers.get("content-encoding", "identity") != "identity"
+        self._received = response.aiter_bytes() if encoded else aiter(response.stream)
+        return None
+
+    def _options(self) -> Any:
+        headers = {**_HEADERS, "Content-Length": str(len(self._body.data))}
+        if not (self._provider.api_key or self._provider.client):
+            headers["Authorization"] = Omit()  # a local server wants none, and the package wants that said
+        # Every option is said, or the package copies its defaults.
+        return {"headers": headers, "timeout": _TIMEOUT, "max_retries": 0, "params": {}}
+
+    def _unreachable(self, error: BaseException, seconds: float) -> Failure:
+        problem = UpstreamUnavailable()
+        problem.billed = self._body.sent
+        retry = not problem.billed or seconds < RETRY_WITHIN_SECONDS
+        cause = "the connection broke" if problem.billed else "no connection could be made"
+        return Failure(
+            error=problem,
+            cause=cause,
+            words=failures.printable(repr(error), failures.LOGGED_CHARACTERS),
+            retry=retry,
+            wait=None,
+        )
+
+    async def read(self) -> list[Piece] | None:
+        """What has come since, perhaps nothing; None at the end. Raises UpstreamError where the answer has failed."""
+        if not (self.answer.done or self.answer.error):
+            pieces = await self._feed()
+            if pieces or not (self.answer.done or self.answer.error):
+                return pieces
+        if self.answer.error:  # its usage may follow
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    while not self.answer.done:
+                        await self._feed()
+        self.check()
+        return None
+
+    async def _feed(self) -> list[Piece]:
+        try:
+            received = await self._next()
+        except Exception as error:  # of whatever transport the site's client has
+            if not self.answer.may_end:
+                logger.warning(
+                    "The provider broke off: %s", failures.printable(repr(error), failures.LOGGED_CHARACTERS)
+                )
+            return self.answer.end(cut=True)
+        return self.answer.feed(received) if received else self.answer.end()
+
+    def check(self) -> None:
+        """Raises UpstreamError if the answer has failed."""
+        if self.answer.error is not None:
+            raise self._logged(failures.said(self.answer.error))
+
+    async def _next(self) -> bytes:
+        assert self._received
+        return await anext(self._received, b"")
+
+    async def close(self) -> None:
+        """Close the connection; its socket too, unless the answer was read to its end."""
+        if self._response:
+            response, self._response = self._response, None
+            if self.answer.done:
+                await self._read_out()
+            with suppress(Exception):
+                await response.aclose()
+
+    async def _read_out(self) -> None:
+        with suppress(Exception):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self._next():
+                    pass
+
+    def _logged(self, failure: Failure) -> UpstreamError:
+        """The provider's words go to the log, and nowhere else."""
+        key = (*_key(self._provider), failure.cause)
+        level = logging.WARNING
+        if isinstance(failure.error, UpstreamMisconfigured):
+            now = time.monotonic()
+            if now < _told.get(key, 0.0):
+                return failure.error
+            _told[key] = now + REPEAT_SECONDS
+            level = logging.ERROR
+        logger.log(
+            level, "The provider %s, model %s: %s: %s", self._provider.name, self._model, failure.cause, failure.words
+        )
+        return failure.error
+
+
+_told: Final[dict[tuple[str, ...], float]] = {}  # until when the operator need not be told again
+_without_stream_options: Final[set[tuple[str, str]]] = set()
+
+
+def _key(provider: Provider) -> tuple[str, str]:
+    return provider.name, provider.base_url
+
+
+def _request(
+    provider: Provider, model: str, messages: Sequence[Message], max_tokens: int, temperature: float | None
+) -> dict[str, Any]:
+    """The JSON of a streaming chat completion."""
+    request = {
+        **provider.extra_body,
         "model": model,
         "messages": messages,
         "stream": True,
-        "stream_options": {"include_usage": True},
-        settings.MAX_TOKENS_PARAMETER: max_tokens,
+        provider.max_tokens_parameter: max_tokens,
     }
+    if provider.stream_options and _key(provider) not in _without_stream_options:
+        request["stream_options"] = {"include_usage": True}
     if temperature is not None:
-        body["temperature"] = temperature
-    return _encode(body)
+        request["temperature"] = temperature
+    return request
 
 
-class Call:
-    """One call of the model: ``open`` it, ``read`` until it returns None, ``close`` it however it ended.
-
-    ``billed`` is True once the provider may have charged for it: a request was sent and not refused.
-    ``usage`` is what it reported; ``text`` is all that came, in so many ``pieces``.
-    """
-
-    __slots__ = (
-        "_body",
-        "_carry",
-        "_connection",
-        "_events",
-        "_failure",
-        "_finished",
-        "_text",
-        "billed",
-        "ended",
-        "pieces",
-        "usage",
-    )
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-        self._events = EventDecoder(limit=MAX_EVENT_BYTES)
-        self._connection: Connection | None = None
-        self._finished = False  # the model gave its reason to stop
-        self.ended = False  # [DONE], or its like
-        self._failure: UpstreamError | None = None
-        self._carry = ""  # half of a surrogate pair, whose other half the next piece brings
-        self.billed = False
-        self.usage: Usage | None = None
-        self.pieces = 0
-        self._text = bytearray()  # a list of small strings would take ten times as much
-
-    async def open(self, seconds: float) -> None:
-        """Send the request, again if it fails in a way that may pass. Raises UpstreamError.
-
-        No retry begins later than ``seconds`` from now. There is none after the first byte: it could bill twice.
-        """
-        deadline = time.monotonic() + seconds
-        attempt = 0
-        while True:
-            try:
-                return await self._attempt()
-            except UpstreamError as error:
-                wait = max(0.5 * 2**attempt * random.uniform(0.75, 1.25), error.retry_after or 0)
-                attempt += 1
-                late = time.monotonic() + wait > deadline
-                if late or not error.retryable or attempt > settings.UPSTREAM_MAX_RETRIES:
-                    raise
-            await asyncio.sleep(wait)
-
-    async def _attempt(self) -> None:
-        before = self.billed  # an earlier attempt that was cut off may have been billed
-        try:
-            origin, path = locate(settings.OPENAI_BASE_URL.rstrip("/") + "/chat/completions")
-            headers = _headers()
-            self._connection = connection = await connect(origin)
-            self.billed = True
-            await connection.post(path, headers, self._body)
-        except NotSent as error:
-            raise _logged(UpstreamUnavailable(), "cannot be reached: %s", error) from None
-        except (OSError, ValueError) as error:
-            self.close()
-            raise _logged(UpstreamUnavailable(), "broke the connection off: %r", error) from None
-        if connection.status != 200:
-            self.billed = before
-            self._connection = None
-            try:
-                raise await _refusal(connection)
-            finally:
-                connection.finish()
-
-    async def read(self) -> list[str] | None:
-        """The pieces of text that have arrived; None at the end. May be cancelled without loss.
-
-        Raises UpstreamBroken where the answer is cut, unreadable, or ends before the model said that it was done.
-        """
-        assert self._connection
-        if self._failure:
-            raise self._failure
-        if self.ended:
-            return None
-        try:
-            received = await self._connection.read()
-        except (OSError, ValueError) as error:
-            self._cut("broke off: %r", error)
-            return None
-        if not received:
-            self._cut("ended without a finish reason or [DONE]")
-            return None
-        pieces: list[str] = []
-        try:
-            self._take(received, pieces)
-        except ValueError as error:  # what came before it is still said
-            self._failure = _logged(UpstreamBroken(), "sent what cannot be read: %s", error)
-        self.pieces += len(pieces)
-        self._text += "".join(pieces).encode()
-        return pieces
-
-    @property
-    def text(self) -> str:
-        return self._text.decode()
-
-    def _cut(self, words: str, *args: object) -> None:
-        """The end of the connection: the end of the answer too if the model had said that it was done."""
-        if not self._finished:
-            raise _logged(UpstreamBroken(), words, *args)
-        self.ended = True
-
-    def _take(self, received: bytes, pieces: list[str]) -> None:
-        for data in self._events.feed(received):
-            lenient = False
-            try:
-                chunk = _decode(data)
-            except msgspec.DecodeError:
-                if data.strip() == b"[DONE]":
-                    self.ended = True
-                    break
-                chunk, lenient = _decode_leniently(data), True
-            if chunk.error is not None:
-                raise ValueError(f"an error: {str(chunk.error)[:LOGGED_BYTES]}")
-            if chunk.usage:
-                self.usage = _sane(chunk.usage) or self.usage
-            for choice in chunk.choices:
-                if choice.finish_reason:
-                    self._finished = True
-                if choice.delta and (text := choice.delta.content):
-                    if lenient or self._carry:
-                        text = self._join_surrogates(text)
-                    if text:
-                        pieces.append(text)
-
-    def _join_surrogates(self, text: str) -> str:
-        text = self._carry + text
-        self._carry = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
-        text = text[: len(text) - len(self._carry)]
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-    def close(self) -> None:
-        """Close the connection, unless the answer was read to its end; then it is kept for another."""
-        if self._connection:
-            connection, self._connection = self._connection, None
-            if self.ended:
-                connection.finish()
-            else:
-                connection.abort()
-
-
-def _decode_leniently(data: bytes) -> _Chunk:
-    """For what msgspec refuses: half of a surrogate pair, nulls and types that are not OpenAI's. Raises ValueError."""
-    try:
-        loose = json.loads(data)
-    except RecursionError:
-        raise ValueError("an event nested too deeply") from None
-    if not isinstance(loose, dict):
-        raise ValueError("an event that is not an object")
-    chunk = _Chunk(error=loose.get("error"))
-    with suppress(msgspec.ValidationError):
-        chunk.usage = msgspec.convert(loose.get("usage"), Usage | None, strict=False)
-    choices = loose.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        delta = choice.get("delta") if isinstance(choice, dict) else None
-        content = delta.get("content") if isinstance(delta, dict) else None
-        reason = choice.get("finish_reason") if isinstance(choice, dict) else None
-        chunk.choices.append(
-            _Choice(
-                _Delta(content if isinstance(content, str) else None),
-                reason if isinstance(reason, str) else None,
-            )
-        )
-    return chunk
-
-
-def _sane(usage: Usage) -> Usage | None:
-    """None for a usage that cannot be true: a provider that reports nothing must not make the model free."""
-    prompt, completion = usage.prompt_tokens, usage.completion_tokens
-    total = usage.total_tokens or prompt + completion
-    true = min(prompt, completion) >= 0 and total > 0 and max(prompt, completion, total) <= MAX_TOKENS
-    return Usage(prompt, completion, total) if true else None
-
-
-def _headers() -> str:
-    headers = "Content-Type: application/json\r\nAccept: text/event-stream\r\nAccept-Encoding: identity\r\n"
-    if key := settings.OPENAI_API_KEY:
-        if not (key.isascii() and key.isprintable()):
-            raise NotSent("OPENAI_API_KEY holds characters that no header may")
-        headers += f"Authorization: Bearer {key}\r\n"
-    return headers
-
-
-async def _refusal(connection: Connection) -> UpstreamError:
-    """Our own error for a status that is not 200. The provider's words go to the log, and nowhere else."""
-    status, said = connection.status, b""
-    with suppress(OSError, ValueError):
-        async with asyncio.timeout(2):
-            while len(said) < LOGGED_BYTES and (more := await connection.read()):
-                said += more
-    logger.warning("The provider refused with %d: %s", status, said[:LOGGED_BYTES].decode(errors="replace"))
-    if status == 429:
-        kind: type[UpstreamError] = UpstreamRateLimited
-    elif status in _TRANSIENT or status >= 500:
-        kind = UpstreamUnavailable
-    else:
-        kind = UpstreamRejected
-    return kind(retry_after=_retry_after(connection.headers))
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds: the header is a number of them or a date (RFC 9110, section 10.2.3)."""
-    value = headers.get("retry-after", "")
-    with suppress(ValueError, TypeError):
-        if value.replace(".", "", 1).isdigit():
-            return float(value) if len(value) < 10 else None
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    return None
-
-
-def _logged(error: UpstreamError, words: str, *args: object) -> UpstreamError:
-    logger.warning("The provider " + words, *args)
-    return error
+def _path(maker: AsyncOpenAI, model: str) -> str:
+    """Azure has a path for each deployment, which the package takes from a body that it encodes itself."""
+    if isinstance(maker, AsyncAzureOpenAI) and "/deployments/" not in maker.base_url.path:
+        return f"/deployments/{model}/chat/completions"
+    return "/chat/completions"

@@ -1,6 +1,8 @@
-"""Server-Sent Events, the reading half: bytes as they arrive in, the data of whole events out. Pure.
+"""Server-Sent Events, the reading half: bytes as they arrive in, the name and data of whole events out. Pure.
 
-https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation, and two liberties with
+it: the last event may lack its blank line, and a field named ``error`` is data of an event named so
+(https://github.com/ggml-org/llama.cpp/pull/16109).
 """
 
 from __future__ import annotations
@@ -9,27 +11,37 @@ import re
 from typing import Final
 
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+_BOM: Final = b"\xef\xbb\xbf"
+
+Event = tuple[bytes, bytes]  # its name, empty for most, and its data
 
 
 class EventDecoder:
     """Feed it bytes split anywhere. Lines end in CR, LF or CRLF, and in nothing else that Unicode calls a line end."""
 
-    __slots__ = ("_after_cr", "_carry", "_data", "limit")
+    __slots__ = ("_after_cr", "_begun", "_carry", "_data", "_name", "limit")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._begun = False
         self._after_cr = False  # a CR ended the last line; an LF now belongs to it
         self._carry = b""  # the start of a line
+        self._name = b""
         self._data: list[bytes] = []  # the data lines of the event that has begun
 
-    def feed(self, received: bytes) -> list[bytes]:
-        """The data of each event that is now complete. Raises ValueError for an event above the limit in bytes."""
+    def feed(self, received: bytes) -> list[Event]:
+        """The events that are now complete. Raises ValueError for an event above the limit in bytes."""
         if not received:
             return []
         if self._after_cr:
             received, self._after_cr = received.removeprefix(b"\n"), False
         text = self._carry + received if self._carry else received
-        if self._data or b"\r" in text:
+        if not self._begun:
+            if len(text) < len(_BOM) and _BOM.startswith(text):
+                self._carry = text
+                return []
+            text, self._begun = text.removeprefix(_BOM), True
+        if self._data or self._name or b"\r" in text:
             events = self._feed_lines(text)
         else:
             events = self._feed_plain(text)
@@ -37,31 +49,41 @@ class EventDecoder:
             raise ValueError("an event above the limit of size")
         return events
 
-    def _feed_plain(self, text: bytes) -> list[bytes]:
+    def end(self) -> list[Event]:
+        """The last event, where the bytes end without its blank line."""
+        line, self._carry = self._carry, b""
+        return self._feed_whole_lines([line, b""])
+
+    def _feed_plain(self, text: bytes) -> list[Event]:
         """What providers send: one data line an event, LF."""
         *blocks, self._carry = text.split(b"\n\n")
-        events = []
+        events: list[Event] = []
         for block in blocks:
             if block.startswith(b"data: ") and b"\n" not in block:
-                events.append(block[6:])
+                events.append((b"", block[6:]))
             else:
                 events += self._feed_whole_lines([*block.split(b"\n"), b""])
         return events
 
-    def _feed_lines(self, text: bytes) -> list[bytes]:
+    def _feed_lines(self, text: bytes) -> list[Event]:
         self._after_cr = text.endswith(b"\r")
         *lines, self._carry = _LINE_END.split(text)
         return self._feed_whole_lines(lines)
 
-    def _feed_whole_lines(self, lines: list[bytes]) -> list[bytes]:
+    def _feed_whole_lines(self, lines: list[bytes]) -> list[Event]:
         events = []
         for line in lines:
             if not line:
                 if self._data:
-                    events.append(b"\n".join(self._data))
-                    self._data = []
-            elif line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif line == b"data":
-                self._data.append(b"")
+                    events.append((self._name, b"\n".join(self._data)))
+                self._name, self._data = b"", []
+                continue
+            field, _, value = line.partition(b":")
+            if field == b"data":
+                self._data.append(value.removeprefix(b" "))
+            elif field == b"event":
+                self._name = value.strip()
+            elif field == b"error":
+                self._name = field
+                self._data.append(value.removeprefix(b" "))
         return events

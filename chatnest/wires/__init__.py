@@ -27,9 +27,14 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What an answer cost, in tokens; ``remaining`` is what is left of the payer's day."""
+    """What an answer cost, in tokens; ``remaining`` is what is left of the payer's day.
+
+    ``dropped_messages``: how many of the request's messages the model did not see.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     remaining: int
+    finish_reason: Literal["stop", "length", "content_filter"]
+    dropped_messages: int

@@ -5,17 +5,18 @@ Unchanged from the Node package chat-nest-server 1.1.1, but for the ``usage`` ev
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
 from django.http import HttpResponse
 
-from ..conf import is_whole, settings
+from ..conf import is_number, settings
 from ..errors import ChatError, InvalidMessages, InvalidRequest
 from ..limits import profile_name
 from . import ChatRequest, Message, Usage
 
-CONTENT_TYPE: Final = "text/event-stream"
+CONTENT_TYPE: Final = "text/event-stream; charset=utf-8"
 START: Final = b"event: start\ndata: \n\n"
 PING: Final = b"event: ping\ndata: \n\n"
 DONE: Final = b"event: done\ndata: \n\n"
@@ -55,14 +56,25 @@ def parse(body: bytes) -> ChatRequest:
 
 def _json(body: bytes) -> _Body:
     try:
-        body.decode()  # msgspec does not look inside the fields that it skips
-        return _decode(body)
+        text = body.decode()  # msgspec does not look inside the fields that it skips
+        return _decode(_mended(text)) if "\\ud" in text.lower() else _decode(body)
     except msgspec.ValidationError as error:
         _, inside, field = str(error).partition(" - at `$.")
         rule = f"{field.rstrip('`')} holds a number that is out of range."  # 1e400: no float can hold it
         raise InvalidRequest(rule if inside else "The request body must be a JSON object.") from None
     except (ValueError, RecursionError):
         raise InvalidRequest("The request body must be valid JSON in UTF-8, without NaN or Infinity.") from None
+
+
+def _mended(text: str) -> str:
+    """Half of a surrogate pair, as a history cut inside an emoji has it, becomes U+FFFD."""
+    return _ESCAPED.sub(lambda escape: escape[0] if escape["other"] else "\\ufffd", text)
+
+
+# An escaped backslash, which escapes nothing more; a whole pair; or half of one.
+_ESCAPED: Final = re.compile(
+    r"(?P<other>\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
 
 
 def _message(where: str, item: object) -> Message:
@@ -82,16 +94,31 @@ def _message(where: str, item: object) -> Message:
 def _limit(name: str, value: object) -> int | None:
     if value is None:
         return None
-    if not is_whole(value) or not 0 < value < 2**63:  # type: ignore[operator]
-        raise InvalidRequest(f"{name} must be a whole number from 1 to {2**63 - 1}.")
-    return value  # type: ignore[return-value]
+    if not is_number(value) or not 0 < value < 2**63:  # type: ignore[operator]
+        raise InvalidRequest(f"{name} must be a number above 0 and below 2^63.")
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
-def tokens(pieces: list[str]) -> bytes:
-    """One ``token`` frame a piece, ready for one write."""
-    if len(pieces) == 1:  # a token at a time is the rule
-        return b"event: token\ndata: %b\n\n" % _encode(pieces[0])
-    return b"".join([b"event: token\ndata: %b\n\n" % _encode(piece) for piece in pieces])
+def token(text: str) -> bytes:
+    """The frame of a piece of the answer."""
+    return b"event: token\ndata: %b\n\n" % _line(text)
+
+
+def reasoning(text: str) -> bytes:
+    """The frame of a piece of the model's visible reasoning."""
+    return b"event: reasoning\ndata: %b\n\n" % _line(text)
+
+
+def _line(text: str) -> bytes:
+    """JSON without what some readers take for the end of a line (Python's splitlines, as httpx and requests use it)."""
+    encoded = _encode(text)
+    if not text.isascii():
+        for character, escape in _LINE_ENDS:
+            encoded = encoded.replace(character, escape)
+    return encoded
+
+
+_LINE_ENDS: Final = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
 
 def done(usage: Usage) -> bytes:
@@ -101,6 +128,8 @@ def done(usage: Usage) -> bytes:
         "completionTokens": usage.completion_tokens,
         "totalTokens": usage.total_tokens,
         "remainingToday": usage.remaining,
+        "finishReason": usage.finish_reason,
+        "droppedMessages": usage.dropped_messages,
     }
     return b"event: usage\ndata: %b\n\n" % _encode(data) + DONE
 

@@ -41,9 +41,10 @@ INSERT INTO chatnest_dailyusage
     (day, account, tokens_used, tokens_reserved, prompt_tokens, completion_tokens, requests)
     {many} SELECT {day}, {account}, 14, 0, 9, 5, 1 FROM n;
 INSERT INTO chatnest_reservation
-    (id, day, payer, accounts, profile, model, tokens, state, outcome, usage_source,
+    (id, day, payer, accounts, profile, provider, model, label, tokens, state, outcome, usage_source,
      prompt_tokens, completion_tokens, tokens_charged, created_at, expires_at, settled_at)
-    {many} SELECT {uuid}, {day}, {account}, {accounts}, 'balanced', 'gpt-4o-mini', 110, 'settled', 'completed',
+    {many} SELECT {uuid}, {day}, {account}, {accounts}, 'balanced', 'default', 'gpt-4o-mini', '', 110, 'settled',
+     'completed',
      'reported', 9, 5, 14, {time}, {time}, {time} FROM n;
 INSERT INTO chatnest_ratewindow (day, account, window_start, window_seconds, count)
     {many} SELECT {day}, {account}, {time}, 60, 1 FROM n;

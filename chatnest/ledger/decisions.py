@@ -1,0 +1,248 @@
+"""The ledger decides: reserve before the upstream is called, settle when it ends. The only writer of what is spent.
+
+Synchronous: ``apply`` decides many operations in one transaction. Two phases, as card payments and TigerBeetle
+do it (https://docs.tigerbeetle.com/coding/two-phase-transfers). At every commit, for each account and day:
+
+    tokens_reserved = the sum of open reservations
+    tokens_used     = the sum of charges + the sum of adjustments
+    tokens_used + tokens_reserved <= the limit that the last reservation was admitted under,
+
+but where a provider used more than it was allowed: all of it is charged, and the budget closes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from functools import partial
+
+from django.db import DatabaseError, transaction
+
+from ..conf import settings
+from ..errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
+from ..limits import rate_wait
+from ..models import Adjustment, DailyUsage, Reservation
+from .book import Book, Held
+from .days import day_ends, today
+from .operations import Answer, Hold, Operation, Reserve, Reset, Settle, Stop
+
+logger = logging.getLogger("chatnest.ledger")
+
+State, Outcome, UsageSource = Reservation.State, Reservation.Outcome, Reservation.UsageSource
+Kind = Adjustment.Kind
+
+
+class CommitUnknown(DatabaseError):
+    """The connection was lost at COMMIT. Asking again is safe: the ids tell what was done."""
+
+
+def apply(operations: Sequence[Operation]) -> list[Answer]:
+    """Decide ``operations`` in turn, in one transaction. Refusals are answers.
+
+    Raises what the database raises, CommitUnknown where the outcome is not known; else nothing was decided.
+    """
+    decided = False
+    try:
+        with transaction.atomic(using=settings.DATABASE_ALIAS):
+            book = open_book(operations)
+            answers = [decide(book, operation) for operation in operations]
+            book.write()
+            decided = True
+    except DatabaseError as error:
+        if decided:
+            raise CommitUnknown(*error.args) from error
+        raise
+    for tell in book.after_commit:
+        tell()
+    return answers
+
+
+def standing(budgets: Mapping[str, int]) -> tuple[int, int, int]:
+    """What the payer (the first) has used and reserved today, and what the tightest budget leaves. A plain read."""
+    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS).named((today(), account) for account in budgets)
+    usage = {row.account: row for row in rows}
+    payer = usage.get(next(iter(budgets)), DailyUsage())
+    committed = {name: row.tokens_used + row.tokens_reserved for name, row in usage.items()}
+    remaining = min(limit - committed.get(account, 0) for account, limit in budgets.items())
+    return payer.tokens_used, payer.tokens_reserved, max(0, remaining)
+
+
+def open_book(operations: Sequence[Operation]) -> Book:
+    reserves = [ask for ask in operations if isinstance(ask, Reserve)]
+    settles = [ask for ask in operations if isinstance(ask, Settle)]
+    stops = [ask for ask in operations if isinstance(ask, Stop)]
+    resets = [ask for ask in operations if isinstance(ask, Reset)]
+    return Book(
+        keys=[
+            *((ask.day, account) for ask in reserves for account in ask.budgets),
+            *((ask.hold.day, account) for ask in settles for account in ask.hold.budgets),
+            *((ask.day, account) for ask in stops for account in ask.accounts),
+            *((ask.day, ask.account) for ask in resets),
+        ],
+        ids=[*(ask.id for ask in reserves), *(ask.hold.id for ask in settles), *(ask.id for ask in stops)],
+        rates=[(ask.payer, ask.rate_window_seconds) for ask in reserves],
+    )
+
+
+def decide(book: Book, operation: Operation) -> Answer:
+    try:
+        match operation:
+            case Reserve():
+                return _reserve(book, operation)
+            case Settle():
+                return _settle(book, operation)
+            case Stop():
+                return _stop(book, operation)
+            case Reset():
+                return _reset(book, operation)
+    except ChatError as refusal:
+        return refusal
+
+
+def _reserve(book: Book, ask: Reserve) -> Hold:
+    row = book.reservations.get(ask.id)
+    if row is None:
+        _admit(book, ask)
+        row = _hold_tokens(book, ask, ask.prompt_tokens + _fit(book, ask))
+    elif row.state != State.OPEN or row.is_overdue:
+        raise InternalError()  # resolved, or about to be: its upstream must not be called again
+    return Hold(
+        id=row.id,
+        day=row.day,
+        budgets=ask.budgets,
+        provider=ask.provider,
+        model=ask.model,
+        prompt_tokens=ask.prompt_tokens,
+        prompt_excess=ask.prompt_excess,
+        output_tokens=row.tokens - ask.prompt_tokens,
+        remaining=_remaining(book, row.day, ask.budgets),
+    )
+
+
+def _admit(book: Book, ask: Reserve) -> None:
+    wait = rate_wait(ask.rate_max_requests, *book.rate(ask.payer, ask.rate_window_seconds))
+    # To the clock's own microsecond, or a fraction's rounding would break what Retry-After promised.
+    if (seconds := round(wait * ask.rate_window_seconds, 6)) > 0:
+        raise RateLimited(retry_after=seconds)
+    if book.streams(ask.payer) >= ask.max_concurrent_streams:
+        raise TooManyStreams(retry_after=5)
+
+
+def _fit(book: Book, ask: Reserve) -> int:
+    """The answer's allowance: what was asked, or what the tightest budget has left if that is enough."""
+    room = min(limit - book.committed(ask.day, account) for account, limit in ask.budgets.items())
+    output = min(ask.max_output_tokens, room - ask.prompt_tokens)
+    if output < min(ask.min_output_tokens, ask.max_output_tokens):
+        raise DailyBudgetExceeded(retry_after=(day_ends(ask.day) - book.now).total_seconds())
+    return output
+
+
+def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Held:
+    held = Held(id=ask.id, day=ask.day, payer=ask.payer, accounts=list(ask.budgets), tokens=tokens)
+    book.insert(
+        held,
+        profile=ask.profile,
+        provider=ask.provider,
+        model=ask.model,
+        label=ask.label,
+        created_at=book.now,
+        expires_at=book.now + timedelta(seconds=settings.LEASE_SECONDS),
+    )
+    book.count_request(ask.day, ask.payer, ask.rate_window_seconds)
+    for account in ask.budgets:
+        book.post(ask.day, account, tokens_reserved=tokens, requests=1)
+    return held
+
+
+def _remaining(book: Book, day: date, budgets: Mapping[str, int]) -> int:
+    return max(0, min(limit - book.committed(day, account) for account, limit in budgets.items()))
+
+
+def _settle(book: Book, ask: Settle) -> int:
+    row = book.reservations.get(ask.hold.id)
+    if row is None and ask.total_tokens:
+        row = _write_again(book, ask.hold)
+    if row is None:
+        pass  # never committed, so never dispatched
+    elif row.state == State.OPEN:
+        resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens)
+        _record(book, row, ask)
+    elif row.awaits_settlement:
+        _settle_late(book, row, ask)
+    return _remaining(book, ask.hold.day, ask.hold.budgets)
+
+
+def _settle_late(book: Book, row: Held, ask: Settle) -> None:
+    """The hold is charged already: correct it beside the charge, once, for then it awaits nothing more."""
+    row.usage_source = ask.source.value
+    _record(book, row, ask)
+    assert row.settled_at
+    correction = ask.total_tokens - row.tokens_charged
+    for account in row.accounts:
+        if correction > 0 or not book.was_forgiven(row.day, account, since=row.settled_at):
+            book.adjust(row.day, account, correction, Kind.LATE, reason=str(row.id))
+
+
+def _write_again(book: Book, hold: Hold) -> Held:
+    """Somebody deleted the row; what it used counts all the same, and once. It holds nothing any more."""
+    row = Held(id=hold.id, day=hold.day, payer=next(iter(hold.budgets)), accounts=list(hold.budgets), tokens=0)
+    book.insert(
+        row,
+        profile="",
+        provider=hold.provider,
+        model=hold.model,
+        label="",
+        created_at=book.now,
+        expires_at=book.now,
+    )
+    return row
+
+
+def _record(book: Book, row: Held, ask: Settle) -> None:
+    if ask.lesson:
+        book.learn(ask.lesson)
+    if ask.source == UsageSource.REPORTED and ask.total_tokens > row.tokens:
+        book.after_commit.append(partial(_warn_of_excess, ask, row.tokens))
+    row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
+    book.change(row)
+    for account in row.accounts:
+        book.post(row.day, account, prompt_tokens=ask.prompt_tokens, completion_tokens=ask.completion_tokens)
+
+
+def _warn_of_excess(ask: Settle, held: int) -> None:
+    logger.warning(
+        "The model %r of provider %r reported %d tokens, more than the %d held for it (reservation %s)",
+        ask.hold.model, ask.hold.provider, ask.total_tokens, held, ask.hold.id,
+    )  # fmt: skip
+
+
+def _stop(book: Book, ask: Stop) -> bool:
+    row = book.reservations.get(ask.id)
+    if row is None or row.state != State.OPEN:
+        return False
+    resolve(book, row, State.SETTLED, Outcome.STOPPED, UsageSource.HELD, row.tokens)
+    return True
+
+
+def resolve(
+    book: Book,
+    row: Held,
+    state: Reservation.State,
+    outcome: Reservation.Outcome,
+    source: Reservation.UsageSource,
+    charge: int,
+) -> None:
+    """The one way out of open."""
+    row.state, row.outcome, row.usage_source = state.value, outcome.value, source.value
+    row.tokens_charged, row.settled_at = charge, book.now
+    book.close_stream(row)
+    book.change(row)
+    for account in row.accounts:
+        book.post(row.day, account, tokens_reserved=-row.tokens, tokens_used=charge)
+
+
+def _reset(book: Book, ask: Reset) -> int:
+    used = book.used(ask.day, ask.account)
+    book.adjust(ask.day, ask.account, -used, Kind.FORGIVEN, reason=ask.reason, actor=ask.actor)
+    return used

@@ -1,0 +1,119 @@
+"""One AsyncOpenAI for each provider and event loop, closed with the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+import openai
+from django.utils.module_loading import import_string
+from openai import AsyncOpenAI
+
+from ..conf import Provider
+from .http import HTTPClient
+
+USER_AGENT: Final = f"AsyncOpenAI/Python {openai.__version__}"  # some fronts refuse what they do not know
+
+
+class Client(AsyncOpenAI):
+    """The package's client with the headers that PROVIDERS names and no others.
+
+    Left out: the telemetry, and what OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS would send to any
+    provider in silence.
+    """
+
+    def __init__(self, provider: Provider, http_client: HTTPClient) -> None:
+        parts = urlsplit(provider.base_url)
+        self._headers: dict[str, Any] = {
+            "Content-Type": "application/json",
+            "User-Agent": USER_AGENT,
+            **({"OpenAI-Organization": provider.organization} if provider.organization else {}),
+            **provider.headers,
+        }
+        super().__init__(
+            api_key=_awaitable(provider.api_key) or "none",  # it wants one; ``Call`` leaves the header out
+            base_url=urlunsplit(parts._replace(query="")),
+            default_query={**dict(parse_qsl(parts.query)), **provider.query},
+            max_retries=0,
+            http_client=http_client,
+        )
+
+    @property
+    def default_headers(self) -> dict[str, Any]:
+        return self._headers
+
+
+class _Clients:
+    """One event loop's. A provider whose settings have changed gets another client; connections are shared."""
+
+    def __init__(self) -> None:
+        self._http_client: HTTPClient | None = None
+        self._made: dict[str, tuple[Provider, AsyncOpenAI]] = {}
+        self._theirs: list[AsyncOpenAI] = []
+
+    def client(self, provider: Provider) -> AsyncOpenAI:
+        made = self._made.get(provider.name)
+        if made and made[0] == provider:
+            return made[1]
+        client = self._make(provider)
+        self._made[provider.name] = provider, client
+        return client
+
+    def _make(self, provider: Provider) -> AsyncOpenAI:
+        if provider.client is None:
+            self._http_client = self._http_client or HTTPClient()
+            return Client(provider, self._http_client)
+        make = import_string(provider.client) if isinstance(provider.client, str) else provider.client
+        client: AsyncOpenAI = make()
+        self._theirs.append(client)
+        return client
+
+    async def close(self) -> None:
+        for client in self._theirs:
+            await client.close()
+        if self._http_client:
+            await self._http_client.aclose()
+
+
+def client(provider: Provider) -> AsyncOpenAI:
+    """The running loop's client of ``provider``."""
+    loop = asyncio.get_running_loop()
+    if loop not in _clients:
+        clients = _Clients()
+        keeper = _closed_with_loop(clients)
+        _clients[loop] = clients, keeper
+        _beginnings.add(begin := loop.create_task(_begin(keeper)))
+        begin.add_done_callback(_beginnings.discard)
+    return _clients[loop][0].client(provider)
+
+
+_beginnings: Final[set[asyncio.Task[None]]] = set()
+_clients: Final[dict[asyncio.AbstractEventLoop, tuple[_Clients, AsyncGenerator[None]]]] = {}
+
+
+async def _begin(keeper: AsyncGenerator[None]) -> None:
+    await anext(keeper)
+
+
+async def _closed_with_loop(clients: _Clients) -> AsyncGenerator[None]:
+    """Django tells nobody of a shutdown, but a loop that ends closes its generators (``shutdown_asyncgens``)."""
+    try:
+        yield
+    finally:
+        _clients.pop(asyncio.get_running_loop(), None)
+        await clients.close()
+        await asyncio.sleep(0)  # a transport closes its socket in the loop's next turn
+
+
+def _awaitable(key: str | Callable[[], Any]) -> str | Callable[[], Awaitable[str]]:
+    """A key that rotates is asked for at each request; the package wants that to be a coroutine."""
+    if isinstance(key, str):
+        return key
+
+    async def ask() -> str:
+        answer = key()
+        return await answer if isinstance(answer, Awaitable) else str(answer)
+
+    return ask
