@@ -1,4 +1,8 @@
-"""Who pays: the accounts that a request is charged to, the payer first, ``site`` last."""
+"""Who pays: the accounts that a request is charged to, the payer first, ``site`` last.
+
+Strangers, who are known by an address only, share the budget of ``anonymous`` too: it is a part of the site's day,
+so that they cannot close the site for its users.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from .conf import payer_callable, settings
 from .errors import Forbidden, NotAuthenticated
 
 SITE: Final = "site"
+ANONYMOUS: Final = "anonymous"
+SHARED: Final = (SITE, ANONYMOUS)  # by many payers; they are nobody's own
 MAX_LENGTH: Final = 200
 
 
@@ -24,7 +30,7 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
 
     ``CHATNEST["PAYER"]`` is called with the request and the list of accounts (``["user:7"]``; empty for an
     anonymous request where those are refused) and returns the list to charge, the payer first: more accounts
-    (a team's), or others. It may be async. ``site`` always pays too.
+    (a team's), or others. It may be async. ``site`` always pays too, and for a stranger ``anonymous``.
     """
     accounts = await _default(request)
     if payer := payer_callable():
@@ -36,7 +42,13 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
             raise Forbidden() from None
     if not accounts:
         raise NotAuthenticated()
-    return tuple(dict.fromkeys([*map(_checked, accounts), SITE]))
+    named = list(map(_checked, accounts))
+    return tuple(dict.fromkeys([*named, *([ANONYMOUS] if is_stranger(named[0]) else []), SITE]))
+
+
+def is_stranger(payer: str) -> bool:
+    """Whoever is known by an address only."""
+    return payer.startswith("ip:")
 
 
 async def _default(request: HttpRequest) -> list[str]:
@@ -49,7 +61,7 @@ async def _default(request: HttpRequest) -> list[str]:
 
 
 def _checked(account: object) -> str:
-    if isinstance(account, str) and 0 < len(account) <= MAX_LENGTH and account != SITE:
+    if isinstance(account, str) and 0 < len(account) <= MAX_LENGTH and account not in SHARED:
         return account
     raise ImproperlyConfigured(f"An account must be a string of 1 to {MAX_LENGTH} characters, not {account!r}.")
 

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from django import forms
 from django.contrib import admin
 from django.db import models
 from django.http import HttpRequest
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
+from django.utils.text import format_lazy
 from django.utils.translation import gettext_lazy as _
 
+from .conf import provider_names
 from .limits import FIELDS, clamp, hard_caps
 from .models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Reservation
 
 
+class ProfileForm(forms.ModelForm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What is stored is shown, even where the settings have it no more: saving then says so.
+        names = sorted(provider_names() | {self.instance.provider})
+        self.fields["provider"].widget = forms.Select(choices=[(name, name) for name in names])
+
+
 @admin.register(Profile)
 class ProfileAdmin(admin.ModelAdmin):
-    list_display = ("name", "enabled", "model", *(f"{name}_in_force" for name in FIELDS))
-    readonly_fields = tuple(f"{name}_in_force" for name in FIELDS)
+    form = ProfileForm
+    list_display = ("name", "enabled", "audience", "provider", "model", *(f"{name}_in_force" for name in FIELDS))
     fieldsets = (
-        (None, {"fields": ("name", "enabled", "model", "system_prompt")}),
+        (None, {"fields": ("name", "enabled", "audience", "provider", "model", "system_prompt")}),
         (
             _("Limits"),
             {
@@ -30,9 +41,16 @@ class ProfileAdmin(admin.ModelAdmin):
         ),
     )
 
+    def get_readonly_fields(self, request: HttpRequest, obj: Profile | None = None) -> list[str]:
+        in_force = [f"{name}_in_force" for name in FIELDS]
+        return ["name", *in_force] if obj and obj.is_delivered else in_force
+
+    def has_delete_permission(self, request: HttpRequest, obj: Profile | None = None) -> bool:
+        return super().has_delete_permission(request, obj) and not (obj and obj.is_delivered)
+
 
 def _in_force(name: str) -> Any:
-    @admin.display(description=_("%s in force") % name.replace("_", " "))
+    @admin.display(description=format_lazy(_("{limit} in force"), limit=name.replace("_", " ")))
     def in_force(self: ProfileAdmin, profile: Profile) -> SafeString | str:
         typed = getattr(profile, name)
         if profile._state.adding:

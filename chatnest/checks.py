@@ -10,7 +10,7 @@ from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections
 
 from . import tokens
-from .conf import NAMES, complaint, payer_callable, settings
+from .conf import NAMES, complaint, payer_callable, provider_names, settings
 from .ledger.bulk import VENDORS
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
@@ -121,7 +121,7 @@ def check_database(**kwargs: Any) -> list[CheckMessage]:
 
 @register(Tags.database)
 def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
-    """Profiles that could never answer. Runs where databases may be read: ``check --database`` and ``migrate``."""
+    """Profiles that ask nobody, or could never answer. For ``check --database`` and ``migrate``."""
     if _settings_are_wrong():
         return []
     alias = settings.DATABASE_ALIAS
@@ -133,6 +133,23 @@ def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> lis
         profiles = list(Profile.objects.using(alias).filter(enabled=True))
     except DatabaseError:
         return []  # not migrated yet, or away: other checks say so
+    return [*_check_providers(profiles), *_check_answers(profiles)]
+
+
+def _check_providers(profiles: Sequence[Profile]) -> list[CheckMessage]:
+    return [
+        Error(
+            f"Profile {profile.name!r} asks the provider {profile.provider!r}, which the settings do not have.",
+            hint=f"CHATNEST['PROVIDERS'] has {', '.join(sorted(provider_names()))}.",
+            obj=profile,
+            id="chatnest.E009",
+        )
+        for profile in profiles
+        if profile.provider not in provider_names()
+    ]
+
+
+def _check_answers(profiles: Sequence[Profile]) -> list[CheckMessage]:
     return [
         Warning(
             f"Profile {profile.name!r} could never answer: its longest answer leaves a request no room for a prompt.",

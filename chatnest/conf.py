@@ -27,6 +27,7 @@ class Settings:
 
     HARD_CAPS: Mapping[str, float] = field(default_factory=dict)
     SITE_DAILY_TOKEN_LIMIT: int = 500_000
+    ANONYMOUS_DAILY_TOKEN_LIMIT: int | None = None  # None: a fifth of the site's
     ALLOW_ANONYMOUS: bool = False
     PAYER: str | Callable[..., Any] | None = None
     TRUSTED_PROXIES: int = 0
@@ -146,6 +147,10 @@ _CHOICE_OF_PARAMETER: Rule = (
 _RULES: Final[Mapping[str, Rule]] = {
     "HARD_CAPS": (lambda value: isinstance(value, Mapping), "a dict of limits"),
     "SITE_DAILY_TOKEN_LIMIT": _COUNT,
+    "ANONYMOUS_DAILY_TOKEN_LIMIT": (
+        lambda value: value is None or (is_whole(value) and value >= 0),
+        "a whole number, 0 or more, or None",
+    ),
     "ALLOW_ANONYMOUS": _FLAG,
     "PAYER": (
         lambda value: value is None or isinstance(value, str) or callable(value),

@@ -16,14 +16,24 @@ from django.db import models
 from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
 
-from .conf import DEFAULT_PROVIDER
-from .limits import DEFAULT_MODEL, FIELDS, Limits
+from .conf import DEFAULT_PROVIDER, provider_names
+from .limits import DEFAULT_MODEL, DEFAULT_PROFILES, FIELDS, Limits
 
 ACCOUNT_LENGTH: Final = 200
 
 
 class Profile(models.Model):
-    """A set of limits that operators edit. What is in force is this, clamped by the code's hard caps."""
+    """A set of limits that operators edit. What is in force is this, clamped by the code's hard caps.
+
+    The three that clients may ask for are always there: they can be neither deleted nor renamed, only switched off.
+    """
+
+    class Audience(models.TextChoices):
+        """Who may choose it. Whom an account's row gives it has it in any case."""
+
+        EVERYONE = "everyone", _("Everyone")
+        USERS = "users", _("Logged-in users")
+        FORCED = "forced", _("Only accounts that force it")
 
     name = models.CharField(
         max_length=50,
@@ -34,6 +44,18 @@ class Profile(models.Model):
     enabled = models.BooleanField(
         default=True,
         help_text=_("Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."),
+    )
+    audience = models.CharField(
+        max_length=10,
+        choices=Audience.choices,
+        default=Audience.EVERYONE,
+        help_text=_(
+            "Who may choose it. Others get the next smaller one that they may choose, of expanded, balanced and "
+            "constrained. Accounts that force it have it in any case."
+        ),
+    )
+    provider = models.CharField(
+        max_length=100, default=DEFAULT_PROVIDER, help_text=_("One of PROVIDERS in the site's settings.")
     )
     model = models.CharField(max_length=100, default=DEFAULT_MODEL)
     system_prompt = models.TextField(
@@ -67,11 +89,24 @@ class Profile(models.Model):
         return self.name
 
     @property
+    def is_delivered(self) -> bool:
+        """One of the three that clients may ask for."""
+        return self.name in DEFAULT_PROFILES
+
+    @property
     def limits(self) -> Limits:
         """What was typed, before the clamp."""
         return Limits(**{name: getattr(self, name) for name in FIELDS})
 
+    def _is_another_name_for_a_delivered_one(self) -> bool:
+        stored = type(self)._base_manager.using(self._state.db).filter(pk=self.pk, name__in=DEFAULT_PROFILES)
+        return stored.exclude(name=self.name).exists()
+
     def clean(self) -> None:
+        if self.provider not in provider_names():
+            raise ValidationError({"provider": _("The settings have no provider of this name.")})
+        if not self._state.adding and self._is_another_name_for_a_delivered_one():
+            raise ValidationError({"name": _("Clients ask for this profile by its name, so it keeps it.")})
         output, request = self.max_output_tokens, self.max_tokens_per_request
         if output is not None and request is not None and output >= request:
             raise ValidationError(

@@ -15,7 +15,7 @@ from django.http.response import HttpResponseBase
 from django.views.decorators.csrf import csrf_exempt
 
 from . import ledger
-from .accounts import charged
+from .accounts import charged, is_stranger
 from .asgi.threads import let_request_thread_go
 from .conf import settings
 from .errors import (
@@ -102,7 +102,7 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
     accounts = await charged(request)
     asked = chatnest.parse(read_body(request))
     terms = (await batcher.policy()).terms(accounts, asked.profile, asked)
-    slot = StreamSlot()
+    slot = StreamSlot.acquire(stranger=is_stranger(accounts[0]))
     try:
         stream = await open_stream(asked, terms, slot)
     except BaseException:

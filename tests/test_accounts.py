@@ -41,6 +41,16 @@ def log_in(user: User) -> dict[str, str]:
     return {"cookie": f"sessionid={session}; csrftoken={TOKEN}", "x_csrftoken": TOKEN}
 
 
+def edit_account(name: str, database: str = "default", **changes: Any) -> Account:
+    """An operator saves what was decided about an account."""
+    row, _ = Account.objects.using(database).update_or_create(name=name, defaults=changes)
+    return row
+
+
+def pause(database: str, name: str) -> Account:
+    return edit_account(name, database, paused=True)
+
+
 def payers(rows: list[Reservation]) -> list[list[str]]:
     return [row.accounts for row in rows]
 
@@ -134,7 +144,7 @@ def test_reading_what_is_left_needs_no_csrf_token(client: Client, ada: User) -> 
 @on_sqlite
 def test_an_anonymous_request_has_no_cookie_to_forge_with(client: Client, settled: Settled) -> None:
     assert client.chat(cookie="csrftoken=other", origin="https://elsewhere.example").status == 200
-    assert payers(settled()) == [["ip:127.0.0.1", "site"]]
+    assert payers(settled()) == [["ip:127.0.0.1", "anonymous", "site"]]
 
 
 @on_sqlite
@@ -231,7 +241,7 @@ def test_an_anonymous_client_pays_by_its_address(
     configure(TRUSTED_PROXIES=trusted)
     headers = {"x_forwarded_for": forwarded} if forwarded else {}
     assert client.chat(**headers).status == 200
-    assert payers(settled()) == [[f"ip:{payer}", "site"]]
+    assert payers(settled()) == [[f"ip:{payer}", "anonymous", "site"]]
 
 
 @on_sqlite
@@ -240,6 +250,82 @@ def test_a_made_up_address_is_no_fresh_budget(client: Client, configure: Configu
     small = {**HELLO, "dailyTokenLimit": 74}
     codes = [client.chat(small, x_forwarded_for=f"198.51.100.{n}, 192.0.2.7").status for n in range(3)]
     assert codes == [200, 429, 429]
+
+
+# Strangers, who share a part of the site's day.
+
+
+def test_a_stranger_is_charged_to_the_address_and_to_all_strangers(
+    client: Client, ada: User, database: str, settled: Settled
+) -> None:
+    assert client.chat().status == client.chat(**log_in(ada)).status == 200
+    settled()
+    used = dict(DailyUsage.objects.using(database).values_list("account", "tokens_used"))
+    assert used == {"ip:127.0.0.1": 14, "anonymous": 14, f"user:{ada.pk}": 14, "site": 28}
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("site", "edited", "setting", "share"),
+    [
+        (500, None, None, 100),
+        (504, None, None, 100),
+        (5000, 500, None, 100),  # the site's in force
+        (500, 10**9, None, 100),
+        (500, None, 80, 80),
+        (500, None, 0, 0),
+        (500, None, 10_000, 500),  # all of them spend no more than the site
+    ],
+)
+def test_strangers_spend_a_fifth_of_the_sites_day_or_what_the_settings_say(
+    client: Client, configure: Configure, site: int, edited: int | None, setting: int | None, share: int
+) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=site, ANONYMOUS_DAILY_TOKEN_LIMIT=setting)
+    edit_account("site", daily_token_limit=edited)
+    assert client.usage()["remainingToday"] == share
+
+
+@on_sqlite
+def test_many_strangers_close_the_chat_for_strangers_and_for_no_user(
+    client: Client, ada: User, configure: Configure, settled: Settled
+) -> None:
+    """Each with a budget of its own that is nowhere near spent: addresses are easily had."""
+    configure(SITE_DAILY_TOKEN_LIMIT=1000, TRUSTED_PROXIES=1, MIN_OUTPUT_TOKENS=180)
+    ends = [client.chat(x_forwarded_for=f"192.0.2.{n}") for n in range(5)]
+    assert [answer.status for answer in ends] == [200, 429, 429, 429, 429]
+    assert {answer.json["code"] for answer in ends[1:]} == {"daily_budget_exceeded"}
+    assert client.chat(**log_in(ada)).data("usage")["remainingToday"] == 1000 - 28
+
+
+@on_sqlite
+def test_an_operator_may_lower_the_strangers_share(client: Client) -> None:
+    edit_account("anonymous", daily_token_limit=500)
+    assert client.usage()["remainingToday"] == 500
+    edit_account("anonymous", daily_token_limit=10**9)
+    assert client.usage()["remainingToday"] == 70_000
+
+
+def test_pausing_strangers_stops_them_and_no_user(
+    client: Client, ada: User, upstream: FakeUpstream, database: str
+) -> None:
+    pause(database, "anonymous")
+    refused(client.chat(), 503, "paused", PAUSED)
+    assert upstream.requests == []
+    assert client.chat(**log_in(ada)).status == 200
+
+
+@on_sqlite
+def test_who_is_known_by_more_than_an_address_is_no_stranger(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    configure(PAYER=lambda request, accounts: ["visitor:7", *accounts])
+    client.chat()
+    configure(PAYER=lambda request, accounts: [*accounts, "team:blue"])
+    client.chat()
+    assert payers(settled()) == [
+        ["visitor:7", "ip:127.0.0.1", "site"],
+        ["ip:127.0.0.1", "team:blue", "anonymous", "site"],
+    ]
 
 
 # A site's own rule.
@@ -326,12 +412,14 @@ def test_an_account_that_is_named_twice_is_charged_once(client: Client, configur
         7,
         "",
         "site",
+        "anonymous",
         [None],
         [""],
         [7],
         ["x" * 201],
         ["site"],
         ["user:1", "site"],
+        ["user:1", "anonymous"],
         [["team:blue"]],
         [b"team"],
     ],
@@ -371,7 +459,7 @@ def test_postgres_keeps_any_name_too(client: Client, configure: Configure, settl
 
 
 def test_pausing_the_site_stops_every_chat(client: Client, upstream: FakeUpstream, database: str) -> None:
-    row = Account.objects.using(database).create(name="site", paused=True)
+    row = pause(database, "site")
     for _ in range(2):
         answer = client.chat()
         refused(answer, 503, "paused", PAUSED)
@@ -438,12 +526,15 @@ def test_an_operator_may_lower_a_payers_daily_limit_and_not_raise_it(
 
 
 @on_sqlite
-def test_an_operator_may_lower_the_sites_limit_and_not_raise_it(client: Client, configure: Configure) -> None:
+def test_an_operator_may_lower_the_sites_limit_and_not_raise_it(
+    client: Client, configure: Configure, ada: User
+) -> None:
     configure(SITE_DAILY_TOKEN_LIMIT=1000)
-    Account.objects.create(name="site", daily_token_limit=10**9)
-    assert client.chat().data("usage")["remainingToday"] == 986
-    Account.objects.update_or_create(name="site", defaults={"daily_token_limit": 500})
-    assert client.chat().data("usage")["remainingToday"] == 472
+    user = log_in(ada)
+    edit_account("site", daily_token_limit=10**9)
+    assert client.chat(**user).data("usage")["remainingToday"] == 986
+    edit_account("site", daily_token_limit=500)
+    assert client.chat(**user).data("usage")["remainingToday"] == 472
 
 
 @on_sqlite

@@ -488,7 +488,7 @@ def test_an_edit_is_in_force_at_once_in_the_process_that_made_it(
     client.chat()
     edit_profile(max_output_tokens=99)
     client.chat()
-    Account.objects.using(database).create(name="site", paused=True)
+    Account.objects.using(database).update_or_create(name="site", defaults={"paused": True})
     assert client.chat().json["code"] == "paused"
     Account.objects.using(database).all().delete()
     client.chat()
@@ -623,7 +623,7 @@ def pause_payer(database: str, row: Reservation) -> None:
 
 
 def pause_site(database: str, row: Reservation) -> None:
-    Account.objects.using(database).create(name="site", paused=True)
+    Account.objects.using(database).filter(name="site").update(paused=True)
 
 
 def stop(database: str, row: Reservation) -> None:

@@ -57,11 +57,11 @@ def test_the_database_shows_what_was_held_and_what_it_cost(
     upstream.replies(Reply("Hi", usage=(9, 3)))
     client.chat()
     (row,) = settled()
-    assert (row.payer, row.accounts) == (PAYER, [PAYER, "site"])
+    assert (row.payer, row.accounts) == (PAYER, [PAYER, "anonymous", "site"])
     assert (row.profile, row.model) == ("balanced", "gpt-4o-mini")
     assert (row.tokens, row.state) == (HELLO_BOUND + 400, Reservation.State.SETTLED)
     assert (row.prompt_tokens, row.completion_tokens, row.tokens_charged) == (9, 3, 12)
-    for account in (PAYER, "site"):
+    for account in (PAYER, "anonymous", "site"):
         usage = DailyUsage.objects.using(database).get(account=account)
         assert (usage.tokens_used, usage.tokens_reserved, usage.requests) == (12, 0, 1)
         assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3)
@@ -342,7 +342,7 @@ def test_less_than_a_useful_answer_is_refused_rather_than_cut_short(client: Clie
 
 
 def test_the_sites_budget_closes_for_everyone(client: Client, upstream: FakeUpstream, configure: Configure) -> None:
-    configure(SITE_DAILY_TOKEN_LIMIT=HELLO_BOUND + 64, TRUSTED_PROXIES=1)
+    configure(SITE_DAILY_TOKEN_LIMIT=HELLO_BOUND + 64, ANONYMOUS_DAILY_TOKEN_LIMIT=500, TRUSTED_PROXIES=1)
     assert client.chat(x_forwarded_for="192.0.2.1").status == 200
     assert client.chat(x_forwarded_for="192.0.2.2").json["code"] == "daily_budget_exceeded"
     assert len(upstream.requests) == 1
@@ -480,7 +480,7 @@ def test_the_usage_page_tells_what_is_left(
     assert client.usage()["remainingToday"] == 70_000 - 113
     assert client.request("GET", "/api/usage?profile=budget").json["remainingToday"] == 30_000 - 113
     # The tightest budget is the one that counts.
-    configure(SITE_DAILY_TOKEN_LIMIT=150)
+    configure(SITE_DAILY_TOKEN_LIMIT=150, ANONYMOUS_DAILY_TOKEN_LIMIT=500)
     assert client.usage()["remainingToday"] == 37
 
 

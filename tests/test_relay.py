@@ -116,7 +116,7 @@ def test_the_connection_of_a_reader_who_stalls_is_closed(serve: Any, upstream: F
 def test_a_full_process_says_so_before_it_reserves(
     serve: Any, upstream: FakeUpstream, settled: Settled, database: str
 ) -> None:
-    server = serve(MAX_STREAMS_PER_PROCESS=2)
+    server = serve(MAX_STREAMS_PER_PROCESS=4)  # strangers hold half of them
     upstream.replies(Reply("Hi", gate_after=1))
     with RawStream(server.port, HELLO, visitor(0)) as one, RawStream(server.port, HELLO, visitor(1)) as two:
         one.until("token"), two.until("token")
