@@ -28,14 +28,14 @@ from .models import Reservation
 from .provider.call import Call
 from .provider.chunks import Kind, Piece
 from .slots import StreamSlot
-from .tokens import Counter
+from .tokens import TokenCounter
 from .wires import Message, Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
 
 MAX_UNREAD: Final = 64 * 1024  # bytes of frames that wait for the reader; past that, the provider waits
 GRACE_SECONDS: Final = 1  # for [DONE], once nothing else is missing
-REPORT_SECONDS: Final = 5  # for a report of usage after the finish reason
+REPORT_SECONDS: Final = 3  # for a report of usage after the finish reason
 RETRY_SECONDS: Final = 0.5
 
 Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
@@ -93,9 +93,10 @@ class Chat:
         self._loop = asyncio.get_running_loop()
         self._pump: asyncio.Task[None] | None = None
         self._call: Call | None = None
-        self._received = Counter(hold.model)
-        self._reasoning = Counter(hold.model)  # the part of it that was shown
-        self._pieces = self._deltas = 0
+        self._provider = provider(hold.provider)
+        self._received = TokenCounter(hold.model, self._provider)
+        self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
+        self._deltas = 0
         self._cut = False  # at its allowance, which the provider ignored
         self._unread = bytearray()
         self._reader: asyncio.Future[None] | None = None  # waits for frames
@@ -266,7 +267,6 @@ class Chat:
                 self._reasoning.add(text)
                 if settings.SHOW_REASONING:
                     self._unread += chatnest.reasoning(text)
-        self._pieces += len(pieces)
         if self._left:
             self._unread.clear()
         elif self._unread:
@@ -375,7 +375,7 @@ class Chat:
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
         calibration = batcher.calibration(self.hold.provider, self.hold.model)
-        return settlement(self.hold, outcome, self._what_came(), calibration, provider(self.hold.provider).unreported)
+        return settlement(self.hold, outcome, self._what_came(), calibration, self._provider.unreported)
 
     def _what_came(self) -> Received:
         call = self._call
@@ -384,8 +384,9 @@ class Chat:
         answer = call.answer
         return Received(
             billed=Billed.PROMPT if call.refused else Billed.ANSWER,
-            tokens=max(self._received.total, self._pieces),
-            reasoning_tokens=self._reasoning.total,
+            tokens=self._received.total(),
+            reasoning_tokens=self._reasoning.total(),
+            cut=self._cut,
             ended=answer.ended,
             report=answer.report,
             report_is_last=answer.report_is_whole,

@@ -22,7 +22,7 @@ from ..errors import LedgerUnavailable, Overloaded
 from ..models import Calibration
 from ..policy import FRESH_SECONDS, Policy
 from .jobs import Job, OperationJob, QueryJob
-from .operations import Hold, Reserve, Settle
+from .operations import Hold, Lesson, Reserve, Settle
 from .outage import Outage
 from .worker import LiveStream, Worker, give_back
 
@@ -88,6 +88,7 @@ class Batcher:
     def settle(self, ask: Settle) -> None:
         """Settle some time, whoever lives to see it."""
         self._put(OperationJob(ask))
+        self._heed(ask.lesson)
 
     async def settled(self, ask: Settle) -> int | None:
         """Settle, and wait a little for what is left of the payer's day; None if that takes too long."""
@@ -95,7 +96,12 @@ class Batcher:
         assert job.future
         self._put(job)
         await asyncio.wait([job.future], timeout=PATIENCE_SECONDS)
+        self._heed(ask.lesson)
         return job.future.result() if job.future.done() and not job.future.exception() else None
+
+    def _heed(self, lesson: Lesson | None) -> None:
+        if lesson and lesson.is_news(self.calibration(lesson.provider, lesson.model)):
+            self.forget_policy()
 
     def watch(self, stream: LiveStream) -> None:
         """Renew this stream's lease for as long as the stream exists or until ``unwatch``."""

@@ -142,6 +142,8 @@ class Answer:
         for name, data in events:
             if name == b"error":
                 self._fail(loose(data))
+            elif name and name != b"message" and not data.startswith(b"{"):
+                pass  # a heartbeat with a name
             elif data[:6] == b"[DONE]" or data.strip() == b"[DONE]":
                 self.done = self.ended = True
                 break

@@ -227,6 +227,8 @@ def _sane(tokens: int | None) -> int:
 
 def _whole(value: object) -> Any:
     """A count rounded up, from a number or the string of one; None from anything else."""
+    if isinstance(value, bool):
+        return None
     try:
         return -int(-float(value) // 1)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
