@@ -33,6 +33,7 @@ from .limits import profile_name
 from .policy import Terms
 from .slots import StreamSlot
 from .stream import Chat, ChatStream
+from .tokens import abound
 from .wires import ChatRequest, chatnest
 
 logger = logging.getLogger("chatnest.views")
