@@ -105,6 +105,12 @@ def charge(
 
 def _reported(hold: Hold, received: Received, report: Report) -> Charge:
     """As reported; but a zero is no report of what was sent, or was received: that counts as counted."""
+    if not (report.prompt_tokens or report.completion_tokens):  # the total alone: its parts are a guess
+        total = max(report.total_tokens, received.tokens)
+        prompt = total - received.tokens
+        return Charge(
+            source=UsageSource.REPORTED, prompt_tokens=prompt, completion_tokens=received.tokens, total_tokens=total
+        )
     prompt = report.prompt_tokens or hold.prompt_tokens
     completion = report.completion_tokens or received.tokens
     return Charge(
