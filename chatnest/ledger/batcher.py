@@ -18,8 +18,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -29,7 +30,7 @@ from django.db import DataError, Error, IntegrityError, connections
 from ..conf import settings
 from ..errors import InternalError, LedgerUnavailable, Overloaded
 from ..models import Calibration, Reservation
-from ..policy import FRESH_SECONDS, Policy
+from ..policy import Policy, PolicyCache
 from . import decisions, leases
 from .operations import Hold, Operation, Reserve, Settle
 
@@ -86,34 +87,22 @@ class Batcher:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._live: WeakValueDictionary[UUID, LiveStream] = WeakValueDictionary()
-        self._policy: Policy | None = None
-        self._policy_read = 0.0
+        self._policies = PolicyCache()
 
     # For the event loops.
 
-    async def policy(self) -> Policy:
-        """The policy, at most two seconds old. Raises LedgerUnavailable."""
-        if policy := self._fresh_policy():
+    async def policy(self, accounts: Sequence[str]) -> Policy:
+        """What operators decided about ``accounts``, at most two seconds old. Raises as ``query`` does."""
+        if policy := self._policies.recall(accounts):
             return policy
-        return await self.query(self._read_policy)
-
-    def _fresh_policy(self) -> Policy | None:
-        return self._policy if time.monotonic() - self._policy_read < FRESH_SECONDS else None
-
-    def _read_policy(self) -> Policy:
-        # Many may have asked at once: the first one's reading serves them all.
-        if not (policy := self._fresh_policy()):
-            policy = self._policy = Policy.read()
-            self._policy_read = time.monotonic()
-        return policy
+        return await self.query(partial(self._policies.read, accounts))
 
     def calibration(self, provider: str, model: str) -> Calibration | None:
         """What was known of a model when the policy was last read."""
-        policy = self._policy
-        return policy.calibrations.get((provider, model)) if policy else None
+        return self._policies.calibration(provider, model)
 
-    def forget_policy(self) -> None:
-        self._policy = None
+    def forget_policy(self, *, calibrations: bool = False) -> None:
+        self._policies.forget(calibrations=calibrations)
 
     async def query(self, query: Callable[[], T]) -> T:
         """Run a read in the batcher's thread. Raises LedgerUnavailable and Overloaded."""
@@ -322,8 +311,10 @@ class Worker:
         streams = [stream for ref in self._batcher._live.valuerefs() if (stream := ref())]
         if not streams:
             return
+        ids = [stream.hold.id for stream in streams]
+        accounts = {account for stream in streams for account in stream.hold.budgets}
         try:
-            stopped, paused = self._with_fresh_connection(lambda: leases.renew([s.hold.id for s in streams]))
+            stopped, paused = self._with_fresh_connection(lambda: leases.renew(ids, accounts))
         except Exception as error:
             logger.warning("Leases cannot be renewed: %s", error)
             connections[self._alias].close()
