@@ -6,6 +6,7 @@ An operator's edit is in force at once in the process that saved it; the others 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from django.apps import apps as all_apps
@@ -23,9 +24,13 @@ from .models import Account, Calibration, Profile
 
 @receiver([post_save, post_delete], sender=Profile)
 @receiver([post_save, post_delete], sender=Account)
-@receiver(post_delete, sender=Calibration)
 def forget_policy(using: str, **kwargs: Any) -> None:
     transaction.on_commit(batcher.forget_policy, using=using)
+
+
+@receiver(post_delete, sender=Calibration)
+def forget_calibrations(using: str, **kwargs: Any) -> None:
+    transaction.on_commit(partial(batcher.forget_policy, calibrations=True), using=using)
 
 
 @receiver(pre_delete, sender=Profile)

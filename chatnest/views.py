@@ -101,7 +101,7 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
         raise RuntimeError("chatnest streams need an ASGI server, such as uvicorn; this is WSGI.")
     accounts = await charged(request)
     asked = chatnest.parse(read_body(request))
-    terms = (await batcher.policy()).terms(accounts, asked.profile, asked)
+    terms = (await batcher.policy(accounts)).terms(accounts, asked.profile, asked)
     slot = StreamSlot.acquire(stranger=is_stranger(accounts[0]))
     try:
         stream = await open_stream(asked, terms, slot)
@@ -115,7 +115,7 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
 async def usage(request: HttpRequest) -> HttpResponseBase:
     """The payer's limit, use and remainder today, under ``?profile=`` (balanced by default)."""
     accounts = await charged(request)
-    terms = (await batcher.policy()).terms(accounts, profile_name(request.GET.get("profile")))
+    terms = (await batcher.policy(accounts)).terms(accounts, profile_name(request.GET.get("profile")))
     used, reserved, remaining = await batcher.query(partial(ledger.standing, ledger.todays_budgets(terms.budgets)))
     standing = {
         "profile": terms.profile,

@@ -49,7 +49,7 @@ on_postgres = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
 def database(request: pytest.FixtureRequest, configure: Configure) -> Iterator[str]:
     """The alias of the database that the ledger lives in; each test that asks for it runs on both."""
     configure(DATABASE_ALIAS=request.param)
-    batcher.forget_policy()
+    batcher.forget_policy(calibrations=True)
     yield request.param
     batcher.close()
 

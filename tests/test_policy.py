@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from importlib import import_module
 from typing import Any
 
@@ -14,11 +15,12 @@ from django.core.management import call_command
 from django.db import IntegrityError, connections, transaction
 from django.db.models import ProtectedError
 
+from chatnest import policy
 from chatnest.errors import Forbidden, NotAuthenticated
 from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_PROFILES, FIELDS
 from chatnest.models import Account, Profile
-from chatnest.policy import Policy
+from chatnest.policy import FRESH_SECONDS, Policy
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import HELLO, Client
@@ -284,7 +286,7 @@ def test_a_profile_is_for_its_audience_and_others_get_the_next_smaller_one(
 
     def chosen(accounts: tuple[str, ...], asked: str) -> str:
         try:
-            return Policy.read().terms(accounts, asked).profile
+            return Policy.read(accounts).terms(accounts, asked).profile
         except NotAuthenticated:
             return "log in"
         except Forbidden:
@@ -440,21 +442,84 @@ def test_an_answer_that_has_begun_keeps_the_terms_that_it_was_asked_under(
     assert settled()[0].outcome == "completed"
 
 
+def statements(database: str) -> list[str]:
+    """What the ledger's thread asks the database from now on."""
+    asked: list[str] = []
+
+    def listen(execute: Any, sql: str, *args: Any) -> Any:
+        asked.append(sql)
+        return execute(sql, *args)
+
+    asyncio.run(batcher.query(lambda: connections[database].execute_wrappers.append(listen)))
+    return asked
+
+
+def policies(*payers: str) -> list[Policy]:
+    """As many requests at once find them, each of another payer."""
+
+    async def story() -> list[Policy]:
+        return await asyncio.gather(*[batcher.policy((payer, "anonymous", "site")) for payer in payers])
+
+    return asyncio.run(story())
+
+
+def test_many_requests_at_once_have_their_rows_read_in_one_statement(database: str) -> None:
+    Account.objects.using(database).bulk_create(
+        Account(name=f"ip:192.0.2.{n}", daily_token_limit=n) for n in range(0, 200, 50)
+    )
+    asked = statements(database)
+    found = policies(*(f"ip:192.0.2.{n}" for n in range(200)))
+    for n, one in enumerate(found):
+        payer = {f"ip:192.0.2.{n}"} if n % 50 == 0 else set()
+        assert one.accounts.keys() == {"site", "anonymous", *payer}, "its own and nobody else's"
+        assert all(one.accounts[name].daily_token_limit == n for name in payer)
+    assert sum('"chatnest_account"' in sql for sql in asked) == 2, "the names, and the rows that there are"
+    assert len(asked) == 4
+    policies(*(f"ip:192.0.2.{n}" for n in range(200)))
+    assert len(asked) == 4, "that there is no row is remembered too"
+
+
+def test_more_names_than_a_statement_should_have_are_read_in_several(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "MOST_NAMES", 20)
+    Account.objects.using(database).create(name="ip:192.0.2.7", paused=True)
+    found = policies(*(f"ip:192.0.2.{n}" for n in range(100)))
+    assert [n for n, one in enumerate(found) if len(one.accounts) == 3] == [7]
+
+
 @on_sqlite
-def test_many_requests_at_once_read_the_rows_once(database: str, edit_profile: EditProfile) -> None:
-    edit_profile()
-    reads = 0
-    read = Policy.read.__func__  # type: ignore[attr-defined]
+def test_what_is_remembered_is_bounded_and_no_pause_is_lost_by_it(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "MOST_ACCOUNTS", 5)
+    Account.objects.create(name="ip:192.0.2.7", paused=True)
+    for _ in range(3):
+        for n in range(10):
+            (found,) = policies(f"ip:192.0.2.{n}")
+            assert ("ip:192.0.2.7" in found.accounts) == (n == 7)
+    assert len(batcher._policies._memory._accounts) == 5
 
-    def counted(cls: type[Policy]) -> Policy:
-        nonlocal reads
-        reads += 1
-        return read(cls)  # type: ignore[no-any-return]
 
-    async def story() -> None:
-        await asyncio.gather(*[batcher.policy() for _ in range(100)])
+@on_sqlite
+def test_old_readings_are_let_go(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies(*(f"ip:192.0.2.{n}" for n in range(100)))
+    later = time.monotonic() + FRESH_SECONDS
+    monkeypatch.setattr(policy.time, "monotonic", lambda: later)
+    policies("ip:192.0.2.1")
+    assert batcher._policies._memory._accounts.keys() == {"ip:192.0.2.1", "anonymous", "site"}
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Policy, "read", classmethod(counted))
-        asyncio.run(story())
-    assert reads == 1
+
+@on_sqlite
+def test_what_is_read_while_an_operator_saves_is_not_remembered(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows may be those of before; whoever asks next gets those of after."""
+    read = policy.read_accounts
+
+    def slow(names: Any) -> Any:
+        rows = read(names)
+        monkeypatch.setattr(policy, "read_accounts", read)
+        Account.objects.create(name="ip:192.0.2.7", paused=True)
+        return rows
+
+    monkeypatch.setattr(policy, "read_accounts", slow)
+    assert [len(policies("ip:192.0.2.7")[0].accounts) for _ in range(2)] == [2, 3]
