@@ -187,20 +187,35 @@ def test_the_bound_covers_every_form_that_python_can_make(text: str) -> None:
     assert of_text(text, "any", ELSEWHERE) >= max(len(form.encode()) for form in forms)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["Où est le Café ? Ça va très bien.", "Tôi muốn học tiếng Việt", "Ελληνικά: ΐ", "Привет, ёжик!",
-     "오늘 날씨가 좋네요", "今日はガラスが割れた。", "今天天气很好", "ฉันรักเธอ", "मैं हिन्दी बोलता हूँ",
-     "שָׁלוֹם", "مرحبا", "👩‍👩‍👧 1️⃣", "e\u0301te\u0301"],
-)  # fmt: skip
-def test_text_as_people_write_it_is_held_its_bytes_and_no_more(text: str) -> None:
-    assert of_text(text, "any", ELSEWHERE) == len(text.encode())
+WRITTEN = {
+    "French": "Où est le Café ? Ça va très bien.",
+    "decomposed": "e\u0301te\u0301",
+    "Vietnamese": "Tôi muốn học tiếng Việt",
+    "Greek": "Ελληνικά: ΐ",
+    "Russian": "Привет, ёжик!",
+    "Korean": "오늘 날씨가 좋네요",
+    "Japanese": "今日はガラスが割れた。",
+    "Chinese": "今天天气很好",
+    "Thai": "ฉันรักเธอ",
+    "Hindi": "मैं हिन्दी बोलता हूँ",
+    "Hebrew": "שָׁלוֹם",
+    "Arabic": "مرحبا",
+    "emoji": "👩‍👩‍👧 1️⃣",
+}
 
 
-@pytest.mark.parametrize("text", ["a" + "\u0301" * 100_000 + "\u0316" * 100_000, "\u0344" * 100_000])
-def test_a_heap_of_marks_does_not_stop_the_process(text: str) -> None:
-    """Normalized whole, the first would take minutes, in which nothing else runs; pytest would be ended by hand."""
-    assert of_text(text, "any", ELSEWHERE) >= len(text.encode())
+@pytest.mark.parametrize("language", WRITTEN)
+def test_text_as_people_write_it_is_held_its_bytes_and_no_more(language: str) -> None:
+    assert of_text(WRITTEN[language], "any", ELSEWHERE) == len(WRITTEN[language].encode())
+
+
+HEAPS = {"two": "a" + "\u0301" * 100_000 + "\u0316" * 100_000, "one": "\u0344" * 100_000}
+
+
+@pytest.mark.parametrize("heap", HEAPS)
+def test_a_heap_of_marks_does_not_stop_the_process(heap: str) -> None:
+    """Normalized whole, the first would take minutes, in which nothing else runs."""
+    assert of_text(HEAPS[heap], "any", ELSEWHERE) >= len(HEAPS[heap].encode())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +223,7 @@ def test_a_heap_of_marks_does_not_stop_the_process(text: str) -> None:
     [("qwen3", 30), ("llama3", 36), ("gpt-oss", 68), ("llama2", 9), ("gemma3", 10)],
 )
 def test_hi_is_bounded_with_the_system_text_that_a_template_adds(vendor: str, reported: int) -> None:
-    """What vLLM and llama.cpp reported for it; SmolLM2's 31 among them, which is Qwen's template."""
+    """What vLLM and llama.cpp report for it. SmolLM2's 31 is Qwen's template with another name."""
     hi = said("hi")
     assert prompt_count(vendor, hi) == reported
     assert reported <= bound(hi, "any", ELSEWHERE) == 2 + 8 + 64
@@ -250,7 +265,7 @@ def test_chinese_on_a_model_that_calls_itself_openais_is_held_in_full() -> None:
 def test_the_guess_is_o200ks_for_every_model(contents: list[str]) -> None:
     guess = estimate(said(*contents))
     exact = sum(openai_count(text, "o200k_base") + 5 for text in contents) + 3
-    assert exact * 0.75 - 5 <= guess <= exact
+    assert exact * 0.75 - 5 <= guess <= exact * 1.25 + 5
     assert estimate([]) == 3
 
 
@@ -309,6 +324,7 @@ def test_the_async_bound_is_the_bound(size: int) -> None:
         "def truncate(text, most, encoding): raise KeyError(encoding)",
         "def truncate(text, most, encoding): return text, 0",
     ],
+    ids=["absent", "unloadable", "panics", "another", "panics later", "no vocabulary", "counts wrong"],
 )
 def test_a_wheel_that_is_missing_or_broken_means_bytes_and_not_errors(wheel: str, tmp_path: Path) -> None:
     (tmp_path / "toktok.py").write_text(wheel)
@@ -394,10 +410,11 @@ def ignoring_max_tokens(pieces: Sequence[str]) -> Iterator[str]:
         yield from pieces
 
 
+RUNAWAYS = [WORDS, ["a"], ["aaaa"], [" the"], ["好"], ["😀"], ["x" * 64], ["\u0fb9"]]
+
+
 @pytest.mark.parametrize("limit", [1, 96, 516, 5000])
-@pytest.mark.parametrize(
-    "pieces", [WORDS, ["a"], ["aaaa"], [" the"], ["好"], ["😀"], ["x" * 64], ["\u0fb9"]], ids=lambda pieces: pieces[0]
-)
+@pytest.mark.parametrize("pieces", RUNAWAYS, ids=lambda pieces: pieces[0][:4])
 def test_a_provider_that_ignores_max_tokens_is_noticed_within_64_bytes(pieces: list[str], limit: int) -> None:
     counter, text = TokenCounter("gpt-4o", OPENAI), ""
     for piece in ignoring_max_tokens(pieces):
@@ -422,7 +439,10 @@ def test_an_answer_within_its_allowance_is_not_taken_for_one_beyond(pieces: list
         assert not counter.exceeds(allowance + allowance // 4 + 16)
 
 
-@pytest.mark.parametrize("piece", ["a", "aaaa", " the", "好", "a" * 1_000_000, ""])
+PIECES = ["a", "aaaa", " the", "好", "a" * 1_000_000, ""]
+
+
+@pytest.mark.parametrize("piece", PIECES, ids=["a", "aaaa", "the", "hao", "a million", "empty"])
 def test_an_answer_without_end_takes_a_few_kib_and_no_long_count(piece: str) -> None:
     """829 MB were kept, and counted in one go."""
     longest = 0
