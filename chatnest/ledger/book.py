@@ -15,7 +15,6 @@ from operator import itemgetter
 from typing import Any, Final
 from uuid import UUID
 
-import msgspec
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Max, Q
@@ -23,9 +22,18 @@ from django.utils import timezone
 
 from ..conf import settings
 from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
-from .bulk import Rows, Statement, insert, names, run, statement, table, update
+from .bulk import Rows, Statement, insert, run, update
 from .operations import Lesson
-from .rows import COUNTERS, RESERVATION, RESOLUTION, USAGE, ReservationRow, UsageRow
+from .rows import RESERVATION, RESOLUTION, USAGE, ReservationRow, UsageRow, columns, reservation_row
+from .statements import (
+    ADD_TO_WINDOW,
+    READ_COMMITTED,
+    add_to_calibration,
+    count_requests,
+    count_streams,
+    lock_reservations,
+    lock_usage,
+)
 
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
@@ -40,18 +48,6 @@ _NOTHING_LEARNED: Final = {
     "reasons_unseen": False,
     "ignores_max_tokens": False,
 }
-_EVER_MORE: Final = """ON CONFLICT ("provider", "model") DO UPDATE SET
-    "reports" = {row}."reports" + excluded."reports",
-    "prompt_excess" = {greatest}({row}."prompt_excess", excluded."prompt_excess"),
-    "completion_excess" = {greatest}({row}."completion_excess", excluded."completion_excess"),
-    "reasons_unseen" = {row}."reasons_unseen" OR excluded."reasons_unseen",
-    "ignores_max_tokens" = {row}."ignores_max_tokens" OR excluded."ignores_max_tokens",
-    "updated_at" = excluded."updated_at"
-"""
-_ONE_MORE: Final = (
-    'ON CONFLICT ("account", "window_start", "window_seconds", "day") '
-    f'DO UPDATE SET "count" = {table(RateWindow)}."count" + excluded."count"'
-)
 
 
 class Book:
@@ -78,56 +74,56 @@ class Book:
         self._forgiven_now: set[Key] = set()
         self._learned: dict[tuple[str, str], dict[str, Any]] = {}
         self._after_commit: list[Callable[[], object]] = []
-        self._read(sorted(set(keys)), sorted(set(ids)))
+        self._keys, self._ids = sorted(set(keys)), sorted(set(ids))
+        self._read()
+        if self._some_were_made_meanwhile():
+            self._read()
+        self._missing = {key for key in self._keys if key not in self._usage}
+        self._usage |= {key: UsageRow(*key) for key in self._missing}
 
     # Reading: all in one round trip, the locks first.
 
-    def _read(self, keys: list[Key], ids: list[UUID]) -> None:
-        reads = [*self._lock(keys), *self._find(ids), *self._count_rates(), *self._count_streams()]
-        for (_, take), rows_read in zip(reads, run(self._alias, [one for one, _ in reads]), strict=True):
-            take(rows_read)
-        self._missing = {key for key in keys if key not in self._usage}
-        self._usage |= {key: UsageRow(*key) for key in self._missing}
+    def _read(self) -> None:
+        reads = [*self._isolate(), *self._lock(), *self._find(), *self._count_requests(), *self._count_streams()]
+        for (_, take), rows in zip(reads, run(self._alias, [one for one, _ in reads]), strict=True):
+            take(rows)
 
-    def _lock(self, keys: list[Key]) -> Iterator[Read]:
-        sql = (
-            f'SELECT {names(COUNTERS)}, "account" FROM {table(DailyUsage)} '  # noqa: S608
-            f'WHERE "day" = %s AND "account" IN %s ORDER BY "account"{self._for_update}'
-        )
-        for day, of_day in groupby(keys, itemgetter(0)):
-            at = self._connection.ops.adapt_datefield_value(day)
+    def _some_were_made_meanwhile(self) -> bool:
+        """Rows that were not there to be locked: of a reservation whose commit was waited for."""
+        keys = ((row.day, account) for row in self.reservations.values() for account in row.accounts)
+        return any(key not in self._usage for key in keys)
+
+    def _isolate(self) -> Iterator[Read]:
+        connection = self._connection
+        if connection.vendor == "postgresql" and not connection.savepoint_ids:  # within another's it is too late
+            yield READ_COMMITTED, lambda rows: None
+
+    def _lock(self) -> Iterator[Read]:
+        for day, of_day in groupby(self._keys, itemgetter(0)):
 
             def take(rows: Rows, day: date = day) -> None:
                 self._usage.update({(day, row[-1]): UsageRow(day, row[-1], *row[:-1]) for row in rows})
 
-            yield statement(sql, at, [account for _, account in of_day]), take
+            yield lock_usage(self._connection, day, [account for _, account in of_day]), take
 
-    def _find(self, ids: list[UUID]) -> Iterator[Read]:
+    def _find(self) -> Iterator[Read]:
         def take(rows: Rows) -> None:
-            self.reservations = {held.id: held for held in map(_reservation, rows)}
+            self.reservations = {row.id: row for row in map(reservation_row, rows)}
 
-        if ids:
-            sql = (
-                f'SELECT {names(RESERVATION)}, "expires_at" <= %s FROM {table(Reservation)} '  # noqa: S608
-                f'WHERE "id" IN %s ORDER BY "id"{self._for_update}'
-            )
-            native = self._connection.features.has_native_uuid_field
-            yield statement(sql, self._time(self.now), [id if native else id.hex for id in ids]), take
+        if self._ids:
+            yield lock_reservations(self._connection, self._ids, self.now), take
 
-    def _count_rates(self) -> Iterator[Read]:
-        sql = (
-            f'SELECT "account", "window_start" = %s, "count" FROM {table(RateWindow)} '  # noqa: S608
-            f'WHERE "window_seconds" = %s AND "window_start" IN (%s, %s) AND "account" IN %s'
-        )
+    def _count_requests(self) -> Iterator[Read]:
         for seconds in {seconds for _, seconds in self._rates}:
-            this, last = map(self._time, self._windows(seconds))
+            of_payer = {payer: self._rates[payer, length] for payer, length in self._rates if length == seconds}
 
-            def take(rows: Rows, seconds: int = seconds) -> None:
+            def take(rows: Rows, of_payer: dict[str, list[int]] = of_payer) -> None:
+                for counts in of_payer.values():
+                    counts[:] = 0, 0
                 for payer, is_this, count in rows:
-                    self._rates[payer, seconds][0 if is_this else 1] += count
+                    of_payer[payer][0 if is_this else 1] += count
 
-            payers = [payer for payer, length in self._rates if length == seconds]
-            yield statement(sql, this, seconds, this, last, payers), take
+            yield count_requests(self._connection, seconds, *self._windows(seconds), [*of_payer]), take
 
     def _windows(self, seconds: int) -> tuple[datetime, datetime]:
         """The starts of this window and of the one before."""
@@ -139,28 +135,11 @@ class Book:
             self._streams = dict.fromkeys(payers, 0) | dict(rows)
 
         if payers := [*{payer for payer, _ in self._rates}]:
-            sql = (
-                f'SELECT "payer", COUNT(*) FROM {table(Reservation)} '  # noqa: S608
-                'WHERE "state" = \'open\' AND "expires_at" > %s AND "payer" IN %s GROUP BY "payer"'
-            )
-            yield statement(sql, self._time(self.now), payers), take
+            yield count_streams(self._connection, payers, self.now), take
 
     @property
     def _connection(self) -> BaseDatabaseWrapper:
         return connections[self._alias]
-
-    @property
-    def _ever_more(self) -> str:
-        greatest = "GREATEST" if self._connection.vendor == "postgresql" else "max"
-        return _EVER_MORE.format(row=table(Calibration), greatest=greatest)
-
-    @property
-    def _for_update(self) -> str:
-        # SQLite has one writer at a time, and a transaction there begins as one (transaction_mode IMMEDIATE).
-        return " FOR UPDATE" if self._connection.features.has_select_for_update else ""
-
-    def _time(self, at: datetime) -> Any:
-        return self._connection.ops.adapt_datetimefield_value(at)
 
     # Asking.
 
@@ -204,10 +183,10 @@ class Book:
         for counter, change in changes.items():
             setattr(usage, counter, getattr(usage, counter) + change)
 
-    def insert(self, held: ReservationRow, **columns: Any) -> None:
-        """A new reservation; ``columns`` are those that the row in memory does not have."""
+    def insert(self, held: ReservationRow, **more: Any) -> None:
+        """A new reservation; ``more`` are the columns that it does not have in memory."""
         self.reservations[held.id] = held
-        self._inserted[held.id] = columns
+        self._inserted[held.id] = more
         self._streams[held.payer] = self.streams(held.payer) + 1
 
     def change(self, held: ReservationRow) -> None:
@@ -260,10 +239,10 @@ class Book:
 
     def write(self) -> None:
         """All in one round trip. An account that nothing was posted to leaves no row behind."""
-        opened = [{**_columns(self.reservations[id], RESERVATION), **more} for id, more in self._inserted.items()]
-        changed = [_columns(held, RESOLUTION) for held in self._changed.values()]
-        made = [_columns(self._usage[key], USAGE) for key in sorted(self._posted & self._missing)]
-        posted = [_columns(self._usage[key], USAGE) for key in sorted(self._posted - self._missing)]
+        opened = [{**columns(self.reservations[id], RESERVATION), **more} for id, more in self._inserted.items()]
+        changed = [columns(held, RESOLUTION) for held in self._changed.values()]
+        made = [columns(self._usage[key], USAGE) for key in sorted(self._posted & self._missing)]
+        posted = [columns(self._usage[key], USAGE) for key in sorted(self._posted - self._missing)]
         counted = [
             {
                 "day": day,
@@ -282,24 +261,10 @@ class Book:
                 *insert(self._alias, Reservation, opened),
                 *update(self._alias, Reservation, changed, by=("id",)),
                 *update(self._alias, DailyUsage, posted, by=("day", "account")),
-                *insert(self._alias, RateWindow, counted, _ONE_MORE),
+                *insert(self._alias, RateWindow, counted, ADD_TO_WINDOW),
                 *insert(self._alias, Adjustment, self._adjustments),
-                *insert(self._alias, Calibration, learned, self._ever_more),
+                *insert(self._alias, Calibration, learned, add_to_calibration(self._connection)),
             ],
         )
         for tell in self._after_commit:
             transaction.on_commit(tell, using=self._alias, robust=True)
-
-
-def _columns(row: msgspec.Struct, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in names}
-
-
-def _reservation(row: tuple[Any, ...]) -> ReservationRow:
-    """Both databases keep JSON as text here; SQLite also UUIDs, and times without their zone, which is UTC."""
-    id, day, payer, accounts, tokens, *middle, settled_at, is_overdue = row
-    return msgspec.structs.replace(
-        ReservationRow(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle),
-        settled_at=settled_at and settled_at.replace(tzinfo=UTC),
-        is_overdue=bool(is_overdue),
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime
-from typing import Final
+from collections.abc import Iterable
+from datetime import UTC, date, datetime
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
@@ -52,3 +53,17 @@ RESERVATION: Final = ReservationRow.__struct_fields__[:-1]
 RESOLUTION: Final = ("id", *RESERVATION[5:])  # what changes when one is resolved
 USAGE: Final = UsageRow.__struct_fields__
 COUNTERS: Final = USAGE[2:]
+
+
+def columns(row: msgspec.Struct, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
+
+
+def reservation_row(row: tuple[Any, ...]) -> ReservationRow:
+    """Both databases keep JSON as text here; SQLite also UUIDs, and times without their zone, which is UTC."""
+    id, day, payer, accounts, tokens, *middle, settled_at, is_overdue = row
+    return msgspec.structs.replace(
+        ReservationRow(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle),
+        settled_at=settled_at and settled_at.replace(tzinfo=UTC),
+        is_overdue=bool(is_overdue),
+    )

@@ -25,7 +25,7 @@ from . import decisions, leases
 from .jobs import Answers, Job, OperationJob, QueryJob, Release, send
 from .operations import Hold, Settle
 from .outage import Outage
-from .transactions import CommitUnknown, is_bug, is_outage
+from .transactions import CommitUnknown, is_bug, is_conflict, is_outage
 
 T = TypeVar("T")
 
@@ -136,9 +136,8 @@ class Worker:
             if is_outage(error):
                 send(self._refuse_or_keep(jobs, error), self._release)
             elif is_bug(error) or len(jobs) == 1:
-                logger.critical(
-                    "The ledger cannot take %r, nor %d others", jobs[0].operation, len(jobs) - 1, exc_info=error
-                )
+                others = f" and {len(jobs) - 1} others" if len(jobs) > 1 else ""
+                logger.critical("The ledger cannot take %r%s", jobs[0].operation, others, exc_info=error)
                 send([(job, InternalError()) for job in jobs], self._release)
             else:  # one of them is poison, and fails alone
                 for job in jobs:
@@ -170,7 +169,7 @@ class Worker:
         try:
             return work()
         except Exception as first:
-            if not is_outage(first):
+            if not is_outage(first) or is_conflict(first):  # of conflicts it has had enough
                 raise
             connections[self._alias].close()
             try:
