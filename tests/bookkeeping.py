@@ -35,9 +35,10 @@ class Clock:
 
 
 def ask(payer: str = "user:1", *, limit: int = 1000, site: int = 100_000, **changes: Any) -> Reserve:
-    """A request of 10 tokens for an answer of up to 100."""
+    """A request of 10 tokens for an answer of up to 100. ``budgets``: each account's limit, the payer's first."""
+    limits = changes.pop("budgets", {payer: limit, "site": site})
     usual: dict[str, Any] = {
-        "budgets": {payer: limit, "site": site},
+        "budgets": ledger.todays_budgets(limits),
         "profile": "balanced",
         "model": "gpt-4o-mini",
         "prompt_tokens": 10,
@@ -65,16 +66,7 @@ def used(hold: Hold, tokens: int, **changes: Any) -> Settle:
 
 def hold_of(question: Reserve) -> Hold:
     """As its asker knows it, who need not have heard the answer."""
-    return Hold(
-        id=question.id,
-        day=question.day,
-        budgets=question.budgets,
-        provider=question.provider,
-        model=question.model,
-        prompt_tokens=question.prompt_tokens,
-        output_tokens=0,
-        remaining=0,
-    )
+    return question.held(question.max_output_tokens)
 
 
 def known(**learned: Any) -> Calibration:

@@ -16,7 +16,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from chatnest import ledger
-from chatnest.ledger import Hold, Operation, Reset, Settle, Stop, audit
+from chatnest.ledger import Hold, Operation, Reset, Settle, Stop, audit, transactions
 from chatnest.ledger.audit import Discrepancy, Pruned, prune, verify
 from chatnest.ledger.book import Book
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
@@ -43,7 +43,7 @@ def open_hold(database: str, clock: Clock) -> Hold:
     simple, dear, failed, stopped, late, _lost = apply(ask() for _ in range(6))
     apply([used(simple, 60), used(dear, 500), Settle(hold=failed, outcome=Outcome.UPSTREAM_ERROR)])
     do(used(do(ask(budgets={"user:2": 1000, "team:7": 1000, "site": 9000})), 90))
-    do(Stop(id=stopped.id, day=stopped.day, accounts=list(stopped.budgets)))
+    do(Stop(id=stopped.id, day=stopped.day, accounts=stopped.accounts))
     clock.move(31)
     ledger.expire_overdue()  # the leases of the last two are over
     do(used(late, 33))
@@ -213,7 +213,7 @@ def test_two_repairs_at_once_do_not_mend_twice(database: str, rows: Rows, monkey
                 beside(lambda: verify(repair=True)).join(30)
             super().__init__(**keys)
 
-    monkeypatch.setattr(audit, "Book", LateBook)
+    monkeypatch.setattr(transactions, "Book", LateBook)
     assert verify(repair=True) == []
     assert counters("site") == (50, 0, 1)
 

@@ -414,16 +414,19 @@ def test_a_full_process_says_so(client: Client, upstream: FakeUpstream, configur
     assert [client.chat().status for _ in range(2)] == [200, 200]
 
 
-def test_when_the_ledger_cannot_be_written_nothing_is_asked_of_the_model(
-    client: Client, upstream: FakeUpstream, database: str
+def test_where_the_ledger_is_not_migrated_nothing_is_asked_of_the_model_and_the_log_says_why(
+    client: Client, upstream: FakeUpstream, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A table is missing: to wait for the database, as one does in an outage, would not help."""
     with connections[database].cursor() as cursor:
         cursor.execute("ALTER TABLE chatnest_reservation RENAME TO elsewhere")
         try:
-            message = "The chat cannot check its budget right now. Please try again shortly."
-            refusal(client.chat(), 503, "ledger_unavailable", message, retryable=True)
+            refusal(client.chat(), 500, "internal_error", "AI request failed", retryable=True)
         finally:
             cursor.execute("ALTER TABLE elsewhere RENAME TO chatnest_reservation")
+    (record,) = [record for record in caplog.records if record.name == "chatnest.ledger"]
+    assert (record.levelname, record.message.partition(" Reserve(")[0]) == ("CRITICAL", "The ledger cannot take")
+    assert "chatnest_reservation" in caplog.text
     assert upstream.requests == []
     assert client.chat().status == 200
 

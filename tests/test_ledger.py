@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from chatnest import ledger
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
-from chatnest.ledger import Hold, Reset, Stop
+from chatnest.ledger import Budget, Hold, Reserve, Reset, Stop
 from chatnest.ledger.audit import verify
 from chatnest.models import Account, Adjustment, DailyUsage, RateWindow, Reservation
 
@@ -71,7 +72,7 @@ def refusal_of(operation: Any) -> ChatError:
 
 
 def stop(hold: Hold) -> Stop:
-    return Stop(id=hold.id, day=hold.day, accounts=list(hold.budgets))
+    return Stop(id=hold.id, day=hold.day, accounts=hold.accounts)
 
 
 def expire_all(clock: Clock) -> None:
@@ -105,6 +106,16 @@ def test_one_full_budget_refuses_and_leaves_no_trace_in_the_others(database: str
     assert not RateWindow.objects.using(database).exists()
 
 
+def test_who_is_refused_leaves_no_row_behind(database: str) -> None:
+    """Refusals are free to whoever asks, so they must cost no room: 60,000 of them once were 60,000 rows of zeros."""
+    refused = [ask("user:1", limit=0), ask("user:2", rate_max_requests=0), ask("user:3", max_concurrent_streams=0)]
+    answers = ledger.apply([*refused, ask("user:4"), given_back(hold_of(ask("user:5")))])
+    assert [type(answer) for answer in answers] == [DailyBudgetExceeded, RateLimited, TooManyStreams, Hold, int]
+    rows = DailyUsage.objects.using(database).order_by("account")
+    assert list(rows.values_list("account", "requests")) == [("site", 1), ("user:4", 1)]
+    assert RateWindow.objects.using(database).count() == Reservation.objects.using(database).count() == 1
+
+
 def test_the_last_tokens_of_a_budget_can_be_spent_and_not_one_more(database: str) -> None:
     answers = ledger.apply([ask(limit=110 + 74), ask(limit=110 + 74), ask(limit=110 + 74)])
     assert [answer.output_tokens for answer in answers[:2]] == [100, 64]
@@ -134,7 +145,7 @@ def test_a_limit_lowered_below_what_was_used_refuses_and_shows_nothing_left(data
     hold = do(ask(limit=1000))
     assert isinstance(refusal_of(ask(limit=50)), DailyBudgetExceeded)
     assert do(used(hold, 60)) == 940
-    assert ledger.standing({"user:1": 50, "site": 100_000}) == (60, 0, 0)
+    assert ledger.standing(ledger.todays_budgets({"user:1": 50, "site": 100_000})) == (60, 0, 0)
 
 
 def test_what_is_left_counts_open_holds_and_the_tightest_budget(database: str) -> None:
@@ -142,8 +153,8 @@ def test_what_is_left_counts_open_holds_and_the_tightest_budget(database: str) -
     assert hold.remaining == 340
     do(ask(limit=500, site=450))
     assert do(used(hold, 60)) == 450 - 60 - 110
-    assert ledger.standing({"user:1": 500, "site": 450}) == (60, 110, 280)
-    assert ledger.standing({"user:9": 500, "site": 450}) == (0, 0, 280)
+    assert ledger.standing(ledger.todays_budgets({"user:1": 500, "site": 450})) == (60, 110, 280)
+    assert ledger.standing(ledger.todays_budgets({"user:9": 500, "site": 450})) == (0, 0, 280)
 
 
 def test_asking_twice_with_one_id_holds_once(database: str) -> None:
@@ -913,20 +924,21 @@ def wait_for_a_lock(alias: str) -> None:
 def test_who_waits_for_a_budget_keeps_nobody_from_the_next_one(
     database: str, elsewhere: Any, first: tuple[str, int], second: tuple[str, int], new: bool
 ) -> None:
-    """Locks are taken in one order, so nobody waits in a circle: behind the first there is no hold on the second."""
-    today = ledger.today()
-    (name, of), (next_name, next_of) = first, second
-    one = Reset(day=today + timedelta(days=of), account=name, reason="")
-    other = Reset(day=today + timedelta(days=next_of), account=next_name, reason="")
+    """Usage rows are locked, and made, in one order, so two cannot deadlock: behind the first none is held yet."""
+
+    def question(account: str, later: int) -> Reserve:
+        return replace(ask(), id=ledger.new_id(), budgets=(Budget(account, ledger.today() + timedelta(later), 1000),))
+
     if not new:
-        ledger.apply([one, other])
+        ledger.apply([question(*first), question(*second)])
     with transaction.atomic(using=database):
-        ledger.apply([one])
-        waiting = elsewhere(lambda: ledger.apply([other, one]))
+        ledger.apply([question(*first)])
+        waiting = elsewhere(lambda: ledger.apply([question(*second), question(*first)]))
         wait_for_a_lock(database)
         with impatient(database):
-            assert ledger.apply([other]) == [0]
-    assert waiting.result(10) == [0, 0]
+            (hold,) = ledger.apply([question(*second)])
+            assert isinstance(hold, Hold)
+    assert [type(answer) for answer in waiting.result(10)] == [Hold, Hold]
 
 
 @on_postgres

@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from chatnest import conf, ledger
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, Paused, RateLimited, TooManyStreams
-from chatnest.ledger import Hold, Reserve, Reset, Settle, Stop, new_id
+from chatnest.ledger import Budget, Hold, Reserve, Reset, Settle, Stop, new_id, todays_budgets
 from chatnest.limits import Limits
 from chatnest.models import Account, Adjustment, DailyUsage, Profile, RateWindow, Reservation
 from chatnest.policy import Policy, Terms
@@ -103,27 +103,27 @@ class Model:
     def reserved(self, key: Key) -> int:
         return sum(held.tokens for held in self.of(key) if held.state == "open")
 
-    def remaining(self, day: date, budgets: dict[str, int]) -> int:
-        left = [limit - self.used((day, name)) - self.reserved((day, name)) for name, limit in budgets.items()]
-        return max(0, min(left))
+    def room(self, budgets: Sequence[Budget]) -> int:
+        keys = [((budget.period, budget.account), budget.limit) for budget in budgets]
+        return min(limit - self.used(key) - self.reserved(key) for key, limit in keys)
+
+    def remaining(self, budgets: Sequence[Budget]) -> int:
+        return max(0, self.room(budgets))
 
     def reserve(self, ask: Reserve, now: datetime) -> Any:
         if ask.id not in self.holds:
             if refusal := self.refusal(ask, now):
                 return refusal
-            room = min(
-                limit - self.used((ask.day, name)) - self.reserved((ask.day, name))
-                for name, limit in ask.budgets.items()
-            )
+            room = self.room(ask.budgets)
             output = min(room - ask.prompt_tokens, ask.max_output_tokens)
             expires = now + timedelta(seconds=LEASE)
-            self.holds[ask.id] = Held(ask.day, tuple(ask.budgets), ask.prompt_tokens + output, expires)
+            self.holds[ask.id] = Held(ask.day, tuple(ask.accounts), ask.prompt_tokens + output, expires)
             self.admitted.append((ask.payer, ask.rate_window_seconds, now))
-            self.filled_to |= {(ask.day, name): limit for name, limit in ask.budgets.items()}
+            self.filled_to |= {(budget.period, budget.account): budget.limit for budget in ask.budgets}
         held = self.holds[ask.id]
         if held.state != "open" or held.expires <= now:
             return InternalError, None
-        remaining = self.remaining(held.day, dict(ask.budgets))
+        remaining = self.remaining(ask.budgets)
         return Hold, (held.day, ask.prompt_tokens, held.tokens - ask.prompt_tokens, remaining)
 
     def refusal(self, ask: Reserve, now: datetime) -> Any:
@@ -137,9 +137,8 @@ class Model:
         if len(live) >= ask.max_concurrent_streams:
             return TooManyStreams, 5
         wanted = ask.prompt_tokens + min(ask.max_output_tokens, ask.min_output_tokens)
-        for name, limit in ask.budgets.items():
-            if self.used((ask.day, name)) + self.reserved((ask.day, name)) + wanted > limit:
-                return DailyBudgetExceeded, seconds_of(ask.day, now)
+        if wanted > self.room(ask.budgets):
+            return DailyBudgetExceeded, seconds_of(ask.day, now)
         return None
 
     def rate_wait(self, ask: Reserve, now: datetime) -> int:
@@ -175,7 +174,7 @@ class Model:
             held.prompt, held.completion = ask.prompt_tokens, ask.completion_tokens
             for account in held.accounts:
                 self.filled_to[held.day, account] += max(0, ask.total_tokens - held.tokens)
-        return int, self.remaining(ask.hold.day, dict(ask.hold.budgets))
+        return int, self.remaining(ask.hold.budgets)
 
     def was_forgiven(self, key: Key, held: Held) -> bool:
         return any(reset == key and at >= (held.resolved or at) for reset, _, at in self.forgiven)
@@ -352,7 +351,7 @@ class LedgerMachine(RuleBasedStateMachine):
         limits: Limits = terms.limits
         ask = Reserve(
             id=new_id(),
-            budgets=terms.budgets,
+            budgets=todays_budgets(terms.budgets),
             profile=terms.profile,
             model=terms.model,
             prompt_tokens=prompt,
@@ -402,7 +401,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def to_stop(self, which: int) -> Stop | None:
         ask = self.to_again(which)
-        return Stop(id=ask.id, day=ask.day, accounts=list(ask.budgets)) if ask else None
+        return Stop(id=ask.id, day=ask.day, accounts=ask.accounts) if ask else None
 
     def to_reset(self, account: str, yesterday: bool) -> Reset:
         day = self.clock.now.astimezone(BERLIN).date() - timedelta(days=yesterday)

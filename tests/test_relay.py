@@ -22,19 +22,19 @@ from chatnest.testing import CHUNK, FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, chatnest, url_of
 from .client import HELLO, Client, RawStream
-from .conftest import Configure, Settled, eventually, on_sqlite
+from .conftest import GENEROUS, Configure, Settled, eventually, on_sqlite
 
 MIB = 1024
 
 
 @pytest.fixture
-def serve(database: str, upstream: FakeUpstream) -> Iterator[Any]:
+def serve(database: str, upstream: FakeUpstream, generous: None, known_model: object) -> Iterator[Any]:
     """Start the demo site in a process of its own, on the test's database: ``serve(GAP_SECONDS=1)``."""
     with ExitStack() as processes:
 
         def serve(**changes: Any) -> Serving:
             url = url_of(connections[database].settings_dict)
-            return processes.enter_context(chatnest(url, upstream.url, **changes))
+            return processes.enter_context(chatnest(url, upstream.url, **{**GENEROUS, **changes}))
 
         yield serve
 

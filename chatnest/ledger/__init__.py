@@ -8,9 +8,10 @@ costs, ``leases`` what a crash does, ``days`` when a budget is renewed. ``audit`
 from .days import day_ends, today
 from .decisions import apply, standing
 from .leases import expire, expire_overdue, renew
-from .operations import Hold, Lesson, Operation, Reserve, Reset, Settle, Stop, new_id
+from .operations import Budget, Hold, Lesson, Operation, Reserve, Reset, Settle, Stop, new_id, todays_budgets
 
 __all__ = [
+    "Budget",
     "Hold",
     "Lesson",
     "Operation",
@@ -26,4 +27,5 @@ __all__ = [
     "renew",
     "standing",
     "today",
+    "todays_budgets",
 ]

@@ -23,8 +23,8 @@ from django.utils import timezone
 from ..conf import settings
 from ..models import Adjustment, DailyUsage, RateWindow, Reservation
 from . import leases
-from .book import Book
 from .days import today
+from .transactions import ledger_transaction, retried
 
 BATCH: Final = 1000  # rows deleted in a transaction
 MANY: Final = 10_000  # accounts repaired in a transaction, which reads the day once more
@@ -62,12 +62,16 @@ class Discrepancy:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """How many rows were deleted, and the days left for later: a reservation of theirs is not settled yet."""
+    """How many rows were deleted, and the days left for later: a reservation of theirs is not settled yet.
+
+    ``usage_rows`` are only those of zeros.
+    """
 
     reservations: int
     adjustments: int
     rate_windows: int
     skipped: tuple[date, ...]
+    usage_rows: int = 0
 
 
 # Proving
@@ -139,16 +143,18 @@ def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:
     names = sorted({difference.account for difference in differences})
     found = []
     for start in range(0, len(names), MANY):
-        batch = set(names[start : start + MANY])
-        with transaction.atomic(using=settings.DATABASE_ALIAS):
-            book = Book(keys=[(day, account) for account in batch])
-            for one in _differences(day):
-                if one.account in batch:
-                    found.append(replace(one, repaired=one.repairable))
-                    if one.repairable:
-                        book.post(day, one.account, **{one.field: one.computed - one.stored})
-            book.write()
+        found += _repair_accounts(day, set(names[start : start + MANY]))
     return found
+
+
+@retried
+def _repair_accounts(day: date, accounts: set[str]) -> list[Discrepancy]:
+    with ledger_transaction(keys=[(day, account) for account in accounts]) as book:
+        found = [one for one in _differences(day) if one.account in accounts]
+        for one in found:
+            if one.repairable:
+                book.post(day, one.account, **{one.field: one.computed - one.stored})
+    return [replace(one, repaired=one.repairable) for one in found]
 
 
 def _charge_overdue() -> None:
@@ -171,7 +177,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
         raise ValueError("Today's rows are in use: only days that are over can be pruned.")
     if not dry_run:
         _charge_overdue()
-    deleted: Counter[str] = Counter(reservations=0, adjustments=0, rate_windows=0)
+    deleted: Counter[str] = Counter(reservations=0, adjustments=0, rate_windows=0, usage_rows=0)
 
     def delete(kind: str, rows: QuerySet[Any], batches: Iterator[int]) -> None:
         for number in (rows.count(),) if dry_run else batches:
@@ -192,6 +198,8 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
         delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens"))
     windows = _all(RateWindow, day__lt=before).filter(_passed())
     delete("rate_windows", windows, _delete(windows))
+    unused = _all(DailyUsage, day__lt=before, **dict.fromkeys(FIELDS, 0))
+    delete("usage_rows", unused, _delete(unused.order_by("day", "account")))
     return Pruned(**deleted, skipped=tuple(skipped))
 
 
@@ -213,26 +221,37 @@ def _fold(day: date, rows: QuerySet[Any], names: str, tokens: str) -> Iterator[i
     """Replace ``rows`` by their accounts' adjustments. Yields how many, after each transaction."""
     while batch := dict(rows.values_list("pk", names)[:BATCH]):
         accounts = {account for value in batch.values() for account in _listed(value)}
-        with transaction.atomic(using=settings.DATABASE_ALIAS):
-            Book(keys=[(day, account) for account in accounts])  # for its locks: a late settlement waits
-            chosen = rows.filter(pk__in=batch)
-            earlier = _all(Adjustment, day=day, account__in=accounts, kind=PRUNED)
-            sums = dict.fromkeys(accounts, 0)
-            for value, count in (*chosen.values_list(names, tokens), *earlier.values_list("account", "tokens")):
-                for account in _listed(value):
-                    sums[account] += count
-            earlier.delete()
-            number, _ = chosen.delete()
-            _all(Adjustment).bulk_create(
-                Adjustment(day=day, account=account, tokens=total, kind=PRUNED, created_at=timezone.now())
-                for account, total in sums.items()
-            )
-        yield number
+        yield _fold_batch(day, accounts, rows.filter(pk__in=batch), names, tokens)
+
+
+@retried
+def _fold_batch(day: date, accounts: set[str], rows: QuerySet[Any], names: str, tokens: str) -> int:
+    with ledger_transaction(keys=[(day, account) for account in accounts]):  # a late settlement waits
+        earlier = _all(Adjustment, day=day, account__in=accounts, kind=PRUNED)
+        sums = dict.fromkeys(accounts, 0)
+        for value, count in (*rows.values_list(names, tokens), *earlier.values_list("account", "tokens")):
+            for account in _listed(value):
+                sums[account] += count
+        earlier.delete()
+        number, _ = rows.delete()
+        _all(Adjustment).bulk_create(
+            Adjustment(day=day, account=account, tokens=total, kind=PRUNED, created_at=timezone.now())
+            for account, total in sums.items()
+        )
+    return number
 
 
 def _delete(rows: QuerySet[Any]) -> Iterator[int]:
-    while batch := list(rows.values_list("pk", flat=True)[:BATCH]):
-        yield rows.filter(pk__in=batch).delete()[0]
+    """Yields how many, after each transaction, which locks them in the order of ``rows``."""
+
+    @retried
+    def delete_batch() -> int:
+        with transaction.atomic(using=settings.DATABASE_ALIAS):
+            batch = list(rows.select_for_update().values_list("pk", flat=True)[:BATCH])
+            return rows.filter(pk__in=batch).delete()[0]
+
+    while number := delete_batch():
+        yield number
 
 
 def _listed(value: str | list[str]) -> list[str]:

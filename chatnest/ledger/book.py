@@ -1,7 +1,7 @@
-"""The rows of one ledger transaction: locked in key order, changed in memory, written once.
+"""The book of one ledger transaction: its rows locked in key order, changed in memory, written once.
 
 A usage row's lock guards that account's reservations and rate windows of the day too, so no other row needs
-one to be counted. Everyone locks usage rows first, by day and name, so nobody waits in a circle.
+one to be counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from django.db import connections
+from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Max, Q
 from django.utils import timezone
@@ -25,6 +25,7 @@ from ..conf import settings
 from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
 from .bulk import Rows, Statement, insert, names, run, statement, table, update
 from .operations import Lesson
+from .rows import COUNTERS, RESERVATION, RESOLUTION, USAGE, ReservationRow, UsageRow
 
 Key = tuple[date, str]
 Read = tuple[Statement, Callable[[Rows], None]]
@@ -32,42 +33,6 @@ Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
 State, UsageSource, Kind = Reservation.State, Reservation.UsageSource, Adjustment.Kind
 
 
-class Held(msgspec.Struct, eq=False):
-    """A reservation's row, but for what is only written when it opens."""
-
-    id: UUID
-    day: date
-    payer: str
-    accounts: list[str]
-    tokens: int
-    state: str = State.OPEN.value
-    outcome: str = ""
-    usage_source: str = UsageSource.NONE.value
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    tokens_charged: int = 0
-    settled_at: datetime | None = None
-    is_overdue: bool = False
-
-    @property
-    def awaits_settlement(self) -> bool:
-        """Charged by its lease or an operator, for want of a settlement, which would have recorded its tokens."""
-        return self.usage_source == UsageSource.HELD and not (self.prompt_tokens or self.completion_tokens)
-
-
-class Usage(msgspec.Struct, eq=False):
-    """A usage row."""
-
-    day: date
-    account: str
-    tokens_used: int
-    tokens_reserved: int
-    prompt_tokens: int
-    completion_tokens: int
-    requests: int
-
-
-_COUNTERS: Final = Usage.__struct_fields__[2:]
 _NOTHING_LEARNED: Final = {
     "reports": 0,
     "prompt_excess": 0,
@@ -75,8 +40,6 @@ _NOTHING_LEARNED: Final = {
     "reasons_unseen": False,
     "ignores_max_tokens": False,
 }
-_HELD: Final = Held.__struct_fields__[:-1]
-_RESOLUTION: Final = ("id", *_HELD[5:])
 _EVER_MORE: Final = """ON CONFLICT ("provider", "model") DO UPDATE SET
     "reports" = {row}."reports" + excluded."reports",
     "prompt_excess" = {greatest}({row}."prompt_excess", excluded."prompt_excess"),
@@ -103,55 +66,49 @@ class Book:
     ) -> None:
         self._alias: str = settings.DATABASE_ALIAS
         self.now = timezone.now()
-        self._usage: dict[Key, Usage] = {}
-        self.reservations: dict[UUID, Held] = {}
+        self._usage: dict[Key, UsageRow] = {}
+        self.reservations: dict[UUID, ReservationRow] = {}
         self._rates = {rate: [0, 0] for rate in rates}
         self._streams: dict[str, int] = {}
         self._inserted: dict[UUID, dict[str, Any]] = {}
-        self._changed: dict[UUID, Held] = {}
+        self._changed: dict[UUID, ReservationRow] = {}
         self._posted: set[Key] = set()
         self._counted: Counter[tuple[date, Rate]] = Counter()
         self._adjustments: list[dict[str, Any]] = []
         self._forgiven_now: set[Key] = set()
         self._learned: dict[tuple[str, str], dict[str, Any]] = {}
-        self.after_commit: list[Callable[[], object]] = []
+        self._after_commit: list[Callable[[], object]] = []
         self._read(sorted(set(keys)), sorted(set(ids)))
 
     # Reading: all in one round trip, the locks first.
 
     def _read(self, keys: list[Key], ids: list[UUID]) -> None:
-        zeros = dict.fromkeys(_COUNTERS, 0)
-        rows = [{"day": day, "account": account, **zeros} for day, account in keys]
-        reads = [
-            *((one, _ignore) for one in insert(self._alias, DailyUsage, rows, "ON CONFLICT DO NOTHING")),
-            *self._lock(keys),
-            *self._find(ids),
-            *self._count_rates(),
-            *self._count_streams(),
-        ]
+        reads = [*self._lock(keys), *self._find(ids), *self._count_rates(), *self._count_streams()]
         for (_, take), rows_read in zip(reads, run(self._alias, [one for one, _ in reads]), strict=True):
             take(rows_read)
+        self._missing = {key for key in keys if key not in self._usage}
+        self._usage |= {key: UsageRow(*key) for key in self._missing}
 
     def _lock(self, keys: list[Key]) -> Iterator[Read]:
         sql = (
-            f'SELECT {names(_COUNTERS)}, "account" FROM {table(DailyUsage)} '  # noqa: S608
+            f'SELECT {names(COUNTERS)}, "account" FROM {table(DailyUsage)} '  # noqa: S608
             f'WHERE "day" = %s AND "account" IN %s ORDER BY "account"{self._for_update}'
         )
         for day, of_day in groupby(keys, itemgetter(0)):
             at = self._connection.ops.adapt_datefield_value(day)
 
             def take(rows: Rows, day: date = day) -> None:
-                self._usage.update({(day, row[-1]): Usage(day, row[-1], *row[:-1]) for row in rows})
+                self._usage.update({(day, row[-1]): UsageRow(day, row[-1], *row[:-1]) for row in rows})
 
             yield statement(sql, at, [account for _, account in of_day]), take
 
     def _find(self, ids: list[UUID]) -> Iterator[Read]:
         def take(rows: Rows) -> None:
-            self.reservations = {held.id: held for held in map(_held, rows)}
+            self.reservations = {held.id: held for held in map(_reservation, rows)}
 
         if ids:
             sql = (
-                f'SELECT {names(_HELD)}, "expires_at" <= %s FROM {table(Reservation)} '  # noqa: S608
+                f'SELECT {names(RESERVATION)}, "expires_at" <= %s FROM {table(Reservation)} '  # noqa: S608
                 f'WHERE "id" IN %s ORDER BY "id"{self._for_update}'
             )
             native = self._connection.features.has_native_uuid_field
@@ -247,17 +204,17 @@ class Book:
         for counter, change in changes.items():
             setattr(usage, counter, getattr(usage, counter) + change)
 
-    def insert(self, held: Held, **columns: Any) -> None:
-        """A new reservation; ``columns`` are those that Held does not have."""
+    def insert(self, held: ReservationRow, **columns: Any) -> None:
+        """A new reservation; ``columns`` are those that the row in memory does not have."""
         self.reservations[held.id] = held
         self._inserted[held.id] = columns
         self._streams[held.payer] = self.streams(held.payer) + 1
 
-    def change(self, held: Held) -> None:
+    def change(self, held: ReservationRow) -> None:
         if held.id not in self._inserted:
             self._changed[held.id] = held
 
-    def close_stream(self, held: Held) -> None:
+    def close_stream(self, held: ReservationRow) -> None:
         """``held`` has left open: it is no longer one of its payer's streams."""
         if held.payer in self._streams and not held.is_overdue:
             self._streams[held.payer] -= 1
@@ -297,11 +254,16 @@ class Book:
             known[flag] = known[flag] or getattr(lesson, flag)
         known["updated_at"] = self.now
 
+    def after_commit(self, tell: Callable[[], object]) -> None:
+        """Do this once what the book says is true; never, if it is not committed."""
+        self._after_commit.append(tell)
+
     def write(self) -> None:
-        """All in one round trip."""
-        opened = [{**_columns(self.reservations[id], _HELD), **more} for id, more in self._inserted.items()]
-        changed = [_columns(held, _RESOLUTION) for held in self._changed.values()]
-        posted = [_columns(self._usage[key], Usage.__struct_fields__) for key in sorted(self._posted)]
+        """All in one round trip. An account that nothing was posted to leaves no row behind."""
+        opened = [{**_columns(self.reservations[id], RESERVATION), **more} for id, more in self._inserted.items()]
+        changed = [_columns(held, RESOLUTION) for held in self._changed.values()]
+        made = [_columns(self._usage[key], USAGE) for key in sorted(self._posted & self._missing)]
+        posted = [_columns(self._usage[key], USAGE) for key in sorted(self._posted - self._missing)]
         counted = [
             {
                 "day": day,
@@ -316,6 +278,7 @@ class Book:
         run(
             self._alias,
             [
+                *insert(self._alias, DailyUsage, made),  # the one that may be in conflict
                 *insert(self._alias, Reservation, opened),
                 *update(self._alias, Reservation, changed, by=("id",)),
                 *update(self._alias, DailyUsage, posted, by=("day", "account")),
@@ -324,21 +287,19 @@ class Book:
                 *insert(self._alias, Calibration, learned, self._ever_more),
             ],
         )
-
-
-def _ignore(rows: Rows) -> None:
-    pass
+        for tell in self._after_commit:
+            transaction.on_commit(tell, using=self._alias, robust=True)
 
 
 def _columns(row: msgspec.Struct, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names}
 
 
-def _held(row: tuple[Any, ...]) -> Held:
+def _reservation(row: tuple[Any, ...]) -> ReservationRow:
     """Both databases keep JSON as text here; SQLite also UUIDs, and times without their zone, which is UTC."""
     id, day, payer, accounts, tokens, *middle, settled_at, is_overdue = row
     return msgspec.structs.replace(
-        Held(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle),
+        ReservationRow(UUID(str(id)), day, payer, msgspec.json.decode(accounts), tokens, *middle),
         settled_at=settled_at and settled_at.replace(tzinfo=UTC),
         is_overdue=bool(is_overdue),
     )

@@ -57,18 +57,24 @@ def update(alias: str, model: type[models.Model], rows: Sequence[Row], by: Seque
 
 
 def run(alias: str, statements: Sequence[Statement]) -> list[Rows]:
-    """Run ``statements`` in order and return the rows of each. PostgreSQL gets all of them in one round trip."""
-    with connections[alias].cursor() as cursor:
-        if connections[alias].vendor != "postgresql":
-            return [_rows(cursor.execute(*one), one) for one in statements]
-        if statements:
+    """Run ``statements`` in order and return the rows of each. PostgreSQL gets all of them in one round trip.
+
+    But not with parameters that the server binds: those travel with one statement each.
+    """
+    connection: Any = connections[alias]
+    results = []
+    together = connection.vendor == "postgresql" and not connection.features.uses_server_side_binding
+    with connection.cursor() as cursor:
+        if together and statements:
             parameters = [parameter for _, its_own in statements for parameter in its_own]
             cursor.execute(";".join(sql for sql, _ in statements), parameters)
-        results = []
         for one in statements:
+            if not together:
+                cursor.execute(*one)
             results.append(_rows(cursor, one))
-            cursor.nextset()
-        return results
+            if together:
+                cursor.nextset()
+    return results
 
 
 def _rows(cursor: Any, one: Statement) -> Rows:

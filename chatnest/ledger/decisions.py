@@ -13,19 +13,20 @@ but where a provider used more than it was allowed: all of it is charged, and th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from datetime import date, timedelta
+from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
-
-from django.db import DatabaseError, transaction
+from typing import Any
 
 from ..conf import settings
 from ..errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from ..limits import rate_wait
 from ..models import Adjustment, DailyUsage, Reservation
-from .book import Book, Held
-from .days import day_ends, today
-from .operations import Answer, Hold, Operation, Reserve, Reset, Settle, Stop
+from .book import Book
+from .days import day_ends
+from .operations import Answer, Budget, Hold, Operation, Reserve, Reset, Settle, Stop
+from .rows import ReservationRow
+from .transactions import ledger_transaction, retried
 
 logger = logging.getLogger("chatnest.ledger")
 
@@ -33,56 +34,41 @@ State, Outcome, UsageSource = Reservation.State, Reservation.Outcome, Reservatio
 Kind = Adjustment.Kind
 
 
-class CommitUnknown(DatabaseError):
-    """The connection was lost at COMMIT. Asking again is safe: the ids tell what was done."""
-
-
+@retried
 def apply(operations: Sequence[Operation]) -> list[Answer]:
     """Decide ``operations`` in turn, in one transaction. Refusals are answers.
 
     Raises what the database raises, CommitUnknown where the outcome is not known; else nothing was decided.
     """
-    decided = False
-    try:
-        with transaction.atomic(using=settings.DATABASE_ALIAS):
-            book = open_book(operations)
-            answers = [decide(book, operation) for operation in operations]
-            book.write()
-            decided = True
-    except DatabaseError as error:
-        if decided:
-            raise CommitUnknown(*error.args) from error
-        raise
-    for tell in book.after_commit:
-        tell()
-    return answers
+    with ledger_transaction(**touched_by(operations)) as book:
+        return [decide(book, operation) for operation in operations]
 
 
-def standing(budgets: Mapping[str, int]) -> tuple[int, int, int]:
-    """What the payer (the first) has used and reserved today, and what the tightest budget leaves. A plain read."""
-    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS).named((today(), account) for account in budgets)
+def standing(budgets: Sequence[Budget]) -> tuple[int, int, int]:
+    """What the payer (the first) has used and reserved, and what the tightest budget leaves. A plain read."""
+    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS).named((one.period, one.account) for one in budgets)
     usage = {row.account: row for row in rows}
-    payer = usage.get(next(iter(budgets)), DailyUsage())
+    payer = usage.get(budgets[0].account, DailyUsage())
     committed = {name: row.tokens_used + row.tokens_reserved for name, row in usage.items()}
-    remaining = min(limit - committed.get(account, 0) for account, limit in budgets.items())
+    remaining = min(budget.limit - committed.get(budget.account, 0) for budget in budgets)
     return payer.tokens_used, payer.tokens_reserved, max(0, remaining)
 
 
-def open_book(operations: Sequence[Operation]) -> Book:
+def touched_by(operations: Sequence[Operation]) -> dict[str, Any]:
     reserves = [ask for ask in operations if isinstance(ask, Reserve)]
     settles = [ask for ask in operations if isinstance(ask, Settle)]
     stops = [ask for ask in operations if isinstance(ask, Stop)]
     resets = [ask for ask in operations if isinstance(ask, Reset)]
-    return Book(
-        keys=[
-            *((ask.day, account) for ask in reserves for account in ask.budgets),
-            *((ask.hold.day, account) for ask in settles for account in ask.hold.budgets),
+    return {
+        "keys": [
+            *((budget.period, budget.account) for ask in reserves for budget in ask.budgets),
+            *((budget.period, budget.account) for ask in settles for budget in ask.hold.budgets),
             *((ask.day, account) for ask in stops for account in ask.accounts),
             *((ask.day, ask.account) for ask in resets),
         ],
-        ids=[*(ask.id for ask in reserves), *(ask.hold.id for ask in settles), *(ask.id for ask in stops)],
-        rates=[(ask.payer, ask.rate_window_seconds) for ask in reserves],
-    )
+        "ids": [*(ask.id for ask in reserves), *(ask.hold.id for ask in settles), *(ask.id for ask in stops)],
+        "rates": [(ask.payer, ask.rate_window_seconds) for ask in reserves],
+    }
 
 
 def decide(book: Book, operation: Operation) -> Answer:
@@ -107,17 +93,7 @@ def _reserve(book: Book, ask: Reserve) -> Hold:
         row = _hold_tokens(book, ask, ask.prompt_tokens + _fit(book, ask))
     elif row.state != State.OPEN or row.is_overdue:
         raise InternalError()  # resolved, or about to be: its upstream must not be called again
-    return Hold(
-        id=row.id,
-        day=row.day,
-        budgets=ask.budgets,
-        provider=ask.provider,
-        model=ask.model,
-        prompt_tokens=ask.prompt_tokens,
-        prompt_excess=ask.prompt_excess,
-        output_tokens=row.tokens - ask.prompt_tokens,
-        remaining=_remaining(book, row.day, ask.budgets),
-    )
+    return ask.held(row.tokens - ask.prompt_tokens, _remaining(book, ask.budgets))
 
 
 def _admit(book: Book, ask: Reserve) -> None:
@@ -131,15 +107,15 @@ def _admit(book: Book, ask: Reserve) -> None:
 
 def _fit(book: Book, ask: Reserve) -> int:
     """The answer's allowance: what was asked, or what the tightest budget has left if that is enough."""
-    room = min(limit - book.committed(ask.day, account) for account, limit in ask.budgets.items())
+    room = _room(book, ask.budgets)
     output = min(ask.max_output_tokens, room - ask.prompt_tokens)
     if output < min(ask.min_output_tokens, ask.max_output_tokens):
         raise DailyBudgetExceeded(retry_after=(day_ends(ask.day) - book.now).total_seconds())
     return output
 
 
-def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Held:
-    held = Held(id=ask.id, day=ask.day, payer=ask.payer, accounts=list(ask.budgets), tokens=tokens)
+def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> ReservationRow:
+    held = ReservationRow(id=ask.id, day=ask.day, payer=ask.payer, accounts=ask.accounts, tokens=tokens)
     book.insert(
         held,
         profile=ask.profile,
@@ -150,13 +126,19 @@ def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> Held:
         expires_at=book.now + timedelta(seconds=settings.LEASE_SECONDS),
     )
     book.count_request(ask.day, ask.payer, ask.rate_window_seconds)
-    for account in ask.budgets:
-        book.post(ask.day, account, tokens_reserved=tokens, requests=1)
+    for budget in ask.budgets:
+        book.post(budget.period, budget.account, tokens_reserved=tokens, requests=1)
+        assert book.committed(budget.period, budget.account) <= budget.limit
     return held
 
 
-def _remaining(book: Book, day: date, budgets: Mapping[str, int]) -> int:
-    return max(0, min(limit - book.committed(day, account) for account, limit in budgets.items()))
+def _room(book: Book, budgets: Sequence[Budget]) -> int:
+    """What the tightest budget leaves; below 0 where a limit was lowered, or a provider overran it."""
+    return min(budget.limit - book.committed(budget.period, budget.account) for budget in budgets)
+
+
+def _remaining(book: Book, budgets: Sequence[Budget]) -> int:
+    return max(0, _room(book, budgets))
 
 
 def _settle(book: Book, ask: Settle) -> int:
@@ -170,23 +152,23 @@ def _settle(book: Book, ask: Settle) -> int:
         _record(book, row, ask)
     elif row.awaits_settlement:
         _settle_late(book, row, ask)
-    return _remaining(book, ask.hold.day, ask.hold.budgets)
+    return _remaining(book, ask.hold.budgets)
 
 
-def _settle_late(book: Book, row: Held, ask: Settle) -> None:
+def _settle_late(book: Book, row: ReservationRow, ask: Settle) -> None:
     """The hold is charged already: correct it beside the charge, once, for then it awaits nothing more."""
+    assert row.settled_at
     row.usage_source = ask.source.value
     _record(book, row, ask)
-    assert row.settled_at
     correction = ask.total_tokens - row.tokens_charged
     for account in row.accounts:
         if correction > 0 or not book.was_forgiven(row.day, account, since=row.settled_at):
             book.adjust(row.day, account, correction, Kind.LATE, reason=str(row.id))
 
 
-def _write_again(book: Book, hold: Hold) -> Held:
+def _write_again(book: Book, hold: Hold) -> ReservationRow:
     """Somebody deleted the row; what it used counts all the same, and once. It holds nothing any more."""
-    row = Held(id=hold.id, day=hold.day, payer=next(iter(hold.budgets)), accounts=list(hold.budgets), tokens=0)
+    row = ReservationRow(id=hold.id, day=hold.day, payer=hold.accounts[0], accounts=hold.accounts, tokens=0)
     book.insert(
         row,
         profile="",
@@ -199,21 +181,21 @@ def _write_again(book: Book, hold: Hold) -> Held:
     return row
 
 
-def _record(book: Book, row: Held, ask: Settle) -> None:
+def _record(book: Book, row: ReservationRow, ask: Settle) -> None:
     if ask.lesson:
         book.learn(ask.lesson)
-    if ask.source == UsageSource.REPORTED and ask.total_tokens > row.tokens:
-        book.after_commit.append(partial(_warn_of_excess, ask, row.tokens))
+    if ask.source == UsageSource.REPORTED and ask.total_tokens > ask.hold.tokens:
+        book.after_commit(partial(_warn_of_excess, ask))
     row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
     book.change(row)
     for account in row.accounts:
         book.post(row.day, account, prompt_tokens=ask.prompt_tokens, completion_tokens=ask.completion_tokens)
 
 
-def _warn_of_excess(ask: Settle, held: int) -> None:
+def _warn_of_excess(ask: Settle) -> None:
     logger.warning(
         "The model %r of provider %r reported %d tokens, more than the %d held for it (reservation %s)",
-        ask.hold.model, ask.hold.provider, ask.total_tokens, held, ask.hold.id,
+        ask.hold.model, ask.hold.provider, ask.total_tokens, ask.hold.tokens, ask.hold.id,
     )  # fmt: skip
 
 
@@ -227,13 +209,14 @@ def _stop(book: Book, ask: Stop) -> bool:
 
 def resolve(
     book: Book,
-    row: Held,
+    row: ReservationRow,
     state: Reservation.State,
     outcome: Reservation.Outcome,
     source: Reservation.UsageSource,
     charge: int,
 ) -> None:
     """The one way out of open."""
+    assert row.state == State.OPEN
     row.state, row.outcome, row.usage_source = state.value, outcome.value, source.value
     row.tokens_charged, row.settled_at = charge, book.now
     book.close_stream(row)

@@ -13,8 +13,8 @@ from django.utils import timezone
 
 from ..conf import settings
 from ..models import Account, Reservation
-from .book import Book
 from .decisions import resolve
+from .transactions import ledger_transaction, retried
 
 logger = logging.getLogger("chatnest.ledger")
 
@@ -44,18 +44,18 @@ def _expire_what_can_be(ids: Sequence[UUID]) -> None:
                 _expire_what_can_be([id])
 
 
+@retried
 def expire(ids: Sequence[UUID]) -> None:
     """Charge these leases in full, if they are still open and overdue. Raises what the database raises."""
     alias = settings.DATABASE_ALIAS
     rows = Reservation.objects.using(alias).filter(id__in=ids).values_list("day", "accounts")
-    with transaction.atomic(using=alias):
-        book = Book(keys=[(day, account) for day, accounts in rows for account in accounts], ids=ids)
+    with ledger_transaction(keys=[(day, name) for day, names in rows for name in names], ids=ids) as book:
         for row in book.reservations.values():
             if row.state == State.OPEN and row.is_overdue:
                 resolve(book, row, State.EXPIRED, Outcome.EXPIRED, UsageSource.HELD, row.tokens)
-        book.write()
 
 
+@retried
 def renew(ids: Sequence[UUID], accounts: Collection[str] = ()) -> tuple[set[UUID], set[str]]:
     """Extend these leases. Returns the ids whose stream must stop, and those of ``accounts`` that are paused.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from time import time_ns
 from uuid import UUID
 
 from ..conf import DEFAULT_PROVIDER
 from ..errors import ChatError
-from ..models import Reservation
+from ..models import Calibration, Reservation
 from .days import today
 
 
@@ -22,16 +22,31 @@ def new_id() -> UUID:
     return UUID(int=milliseconds | version | (chance >> 62 & 0xFFF) << 64 | variant | chance & (1 << 62) - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an account may spend in a period, which is a day: ``limit`` in tokens."""
+
+    account: str
+    period: date
+    limit: int
+
+
+def todays_budgets(limits: Mapping[str, int]) -> tuple[Budget, ...]:
+    """Of each account and its daily limit. Fixed by the asking: after midnight it is still this day's."""
+    day = today()
+    return tuple(Budget(account, day, limit) for account, limit in limits.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
     """Hold the prompt and an answer of up to ``max_output_tokens`` in every budget, or in none.
 
-    ``budgets``: each account's daily limit, the payer's first. ``prompt_tokens``: the prompt's bound, of which
-    ``prompt_excess`` is what reports have taught. Answered with a Hold, or with RateLimited, TooManyStreams or
-    DailyBudgetExceeded.
+    ``budgets``: the payer's first. ``prompt_tokens``: the prompt's bound, of which ``prompt_excess`` is what reports
+    have taught. Answered with a Hold, or with RateLimited, TooManyStreams or DailyBudgetExceeded. Asked again with
+    the same ``id``, it holds nothing more.
     """
 
-    budgets: Mapping[str, int]
+    budgets: Sequence[Budget]
     profile: str
     provider: str = DEFAULT_PROVIDER
     model: str
@@ -43,13 +58,37 @@ class Reserve:
     rate_max_requests: int
     rate_window_seconds: int
     max_concurrent_streams: int
-    # Fixed by the asking: asked again, even after midnight, it is still found.
     id: UUID = field(default_factory=new_id)
-    day: date = field(default_factory=today)
 
     @property
     def payer(self) -> str:
-        return next(iter(self.budgets))
+        return self.budgets[0].account
+
+    @property
+    def accounts(self) -> list[str]:
+        return [budget.account for budget in self.budgets]
+
+    @property
+    def day(self) -> date:
+        return self.budgets[0].period
+
+    def again(self) -> Reserve:
+        """The same, for another attempt: a reservation of its own, paid by the day that it is now."""
+        day = today()
+        return replace(self, id=new_id(), budgets=[replace(budget, period=day) for budget in self.budgets])
+
+    def held(self, output_tokens: int = 0, remaining: int = 0) -> Hold:
+        """The hold that answers this; without the numbers, as one knows it who did not hear the answer."""
+        return Hold(
+            id=self.id,
+            budgets=self.budgets,
+            provider=self.provider,
+            model=self.model,
+            prompt_tokens=self.prompt_tokens,
+            prompt_excess=self.prompt_excess,
+            output_tokens=output_tokens,
+            remaining=remaining,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +96,7 @@ class Hold:
     """A committed reservation. ``output_tokens`` is the answer's allowance, to be sent to the provider."""
 
     id: UUID
-    day: date
-    budgets: Mapping[str, int]
+    budgets: Sequence[Budget]
     provider: str = DEFAULT_PROVIDER
     model: str
     prompt_tokens: int
@@ -70,6 +108,15 @@ class Hold:
     def tokens(self) -> int:
         """All that is held."""
         return self.prompt_tokens + self.output_tokens
+
+    @property
+    def accounts(self) -> list[str]:
+        """All that are charged, the payer first."""
+        return [budget.account for budget in self.budgets]
+
+    @property
+    def day(self) -> date:
+        return self.budgets[0].period
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +130,18 @@ class Lesson:
     reasons_unseen: bool = False
     ignores_max_tokens: bool = False
     reported: bool = True
+
+    def is_news(self, known: Calibration | None) -> bool:
+        """Whether holds and charges change with it."""
+        if known is None:
+            return True
+        return (
+            self.prompt_excess > known.prompt_excess
+            or self.completion_excess > known.completion_excess
+            or self.reasons_unseen > known.reasons_unseen
+            or self.ignores_max_tokens > known.ignores_max_tokens
+            or (self.reported and not known.reports)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,4 +183,4 @@ class Reset:
 
 
 Operation = Reserve | Settle | Stop | Reset
-Answer = Hold | int | ChatError
+Answer = Hold | int | bool | ChatError

@@ -21,6 +21,7 @@ import httpx2
 CONNECT_SECONDS: Final = 10
 KEEP_ALIVE_SECONDS: Final = 4  # less than uvicorn's 5: a request that meets a closing connection counts as billed
 MAX_BUFFERED: Final = 32 * 1024  # aiohttp stops reading at twice as much
+MAX_HEADER_BYTES: Final = 64 * 1024
 MAX_REFUSAL_BYTES: Final = 64 * 1024
 REFUSAL_SECONDS: Final = 2  # for the rest of a refusal's words
 
@@ -55,6 +56,8 @@ class HTTPClient(httpx2.AsyncClient):
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             read_bufsize=MAX_BUFFERED,
+            max_field_size=MAX_HEADER_BYTES,  # a security policy may be long
+            max_line_size=MAX_HEADER_BYTES,
         )
 
     def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:

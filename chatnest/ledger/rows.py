@@ -1,0 +1,54 @@
+"""The rows that a ledger's transaction changes, as it has them in memory; a tenth of a model instance's cost."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Final
+from uuid import UUID
+
+import msgspec
+
+from ..models import Reservation
+
+State, UsageSource = Reservation.State, Reservation.UsageSource
+
+
+class ReservationRow(msgspec.Struct, eq=False):
+    """A reservation's row, but for what is only written when it opens."""
+
+    id: UUID
+    day: date
+    payer: str
+    accounts: list[str]
+    tokens: int
+    state: str = State.OPEN.value
+    outcome: str = ""
+    usage_source: str = UsageSource.NONE.value
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tokens_charged: int = 0
+    settled_at: datetime | None = None
+    is_overdue: bool = False  # no column: its lease had run out when it was read
+
+    @property
+    def awaits_settlement(self) -> bool:
+        """Charged by its lease or an operator, for want of a settlement, which would have recorded its tokens."""
+        return self.usage_source == UsageSource.HELD and not (self.prompt_tokens or self.completion_tokens)
+
+
+class UsageRow(msgspec.Struct, eq=False):
+    """A usage row."""
+
+    day: date
+    account: str
+    tokens_used: int = 0
+    tokens_reserved: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 0
+
+
+RESERVATION: Final = ReservationRow.__struct_fields__[:-1]
+RESOLUTION: Final = ("id", *RESERVATION[5:])  # what changes when one is resolved
+USAGE: Final = UsageRow.__struct_fields__
+COUNTERS: Final = USAGE[2:]
