@@ -7,6 +7,7 @@ so that they cannot close the site for its users.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from inspect import isawaitable
 from typing import Final
@@ -22,7 +23,11 @@ from .errors import Forbidden, NotAuthenticated
 SITE: Final = "site"
 ANONYMOUS: Final = "anonymous"
 SHARED: Final = (SITE, ANONYMOUS)  # by many payers; they are nobody's own
-MAX_LENGTH: Final = 200
+UNKNOWN: Final = "unknown"
+# All but what nobody can see or type: control characters (no database keeps all of them), line breaks, halves of
+# surrogate pairs, space at an end.
+_NAME: Final = re.compile(r"(?!\s)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}(?<!\s)")
+NAME_RULE: Final = "text of 1 to 200 characters, without control characters or space at an end"
 
 
 async def charged(request: HttpRequest) -> tuple[str, ...]:
@@ -46,6 +51,17 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*named, *([ANONYMOUS] if is_stranger(named[0]) else []), SITE]))
 
 
+def is_name(text: str) -> bool:
+    """Whether an account can be called that, by PAYER and by the operator who pauses it."""
+    return bool(_NAME.fullmatch(text))
+
+
+def canonical(name: str) -> str:
+    """The name of the account that is charged; it is another only where an address has several forms."""
+    kind, _, rest = name.partition(":")
+    return f"ip:{normal_address(rest) or rest}" if kind == "ip" else name
+
+
 def is_stranger(payer: str) -> bool:
     """Whoever is known by an address only."""
     return payer.startswith("ip:")
@@ -61,9 +77,10 @@ async def _default(request: HttpRequest) -> list[str]:
 
 
 def _checked(account: object) -> str:
-    if isinstance(account, str) and 0 < len(account) <= MAX_LENGTH and account not in SHARED:
-        return account
-    raise ImproperlyConfigured(f"An account must be a string of 1 to {MAX_LENGTH} characters, not {account!r}.")
+    """As whoever pauses it will write it."""
+    if isinstance(account, str) and is_name(account) and account not in SHARED:
+        return canonical(account)
+    raise ImproperlyConfigured(f"An account must be {NAME_RULE}, and not site or anonymous. {account!r} is not.")
 
 
 def _no_view(request: HttpRequest) -> HttpResponse:
@@ -103,22 +120,37 @@ def address(request: HttpRequest) -> str:
     A public IPv6 address counts by its /64, the least that a subscriber is given: else each has 2^64 budgets.
     """
     hops: Iterable[str] = request.META.get("HTTP_X_FORWARDED_FOR", "").split(",")
-    seen = [hop.strip() for hop in hops if hop.strip()]
+    seen = [hop for hop in hops if hop.strip()]
     trusted = settings.TRUSTED_PROXIES
-    direct = request.META.get("REMOTE_ADDR") or "unknown"
+    direct = request.META.get("REMOTE_ADDR") or UNKNOWN
     # Fewer hops than proxies: somebody went round them, and wrote the header.
     claimed = seen[-trusted] if trusted and len(seen) >= trusted else direct
-    return _normal(claimed) or _normal(direct) or "unknown"
+    return normal_address(claimed) or normal_address(direct) or UNKNOWN
 
 
-def _normal(text: str) -> str | None:
-    try:
-        ip = ipaddress.ip_address(text)
-    except ValueError:
-        return None
+def normal_address(text: str) -> str | None:
+    """The address that ``text`` means, as accounts are named by it; None if it is none.
+
+    With or without quotes and a port, which is another for each connection: ``203.0.113.7:51234`` is how Azure's
+    gateways write a client (https://learn.microsoft.com/azure/application-gateway/how-application-gateway-works),
+    and ``"[2001:db8::1]:443"`` how RFC 7239 does.
+    """
+    text = text.strip(" \t\"'")
+    host, _, port = text.rpartition(":")
+    ip = _parsed(text) or (_parsed(host) if port.isdecimal() else None)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped:
             return str(ip.ipv4_mapped)
         if ip.is_global:
             return str(ipaddress.ip_network((int(ip), 64), strict=False).network_address)
-    return str(ip)
+        return str(ipaddress.IPv6Address(int(ip)))  # without a zone, which is the proxy's own matter
+    return str(ip) if ip else None
+
+
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None

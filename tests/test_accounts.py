@@ -218,7 +218,22 @@ def test_two_users_have_a_budget_each_and_share_the_sites(
         (2, "192.0.2.7", "127.0.0.1"),
         (3, "198.51.100.1, 192.0.2.7", "127.0.0.1"),
         (1, "nonsense", "127.0.0.1"),
-        (1, "192.0.2.7:8080", "127.0.0.1"),
+        # With a port, which is another for each connection, as Azure's gateways write it; and as RFC 7239 does.
+        (1, "192.0.2.7:8080", "192.0.2.7"),
+        (1, "192.0.2.7:51234, 198.51.100.1:40001", "198.51.100.1"),
+        (2, "192.0.2.7:51234, 198.51.100.1:40001", "192.0.2.7"),
+        (1, "[2606:4700:1:2::9]:443", "2606:4700:1:2::"),
+        (1, "[2606:4700:1:2::9]", "2606:4700:1:2::"),
+        (1, "2606:4700:1:2:3:4:5:6:443", "2606:4700:1:2::"),
+        (1, '"[2606:4700:1:2::9]:443"', "2606:4700:1:2::"),
+        (1, '"192.0.2.7"', "192.0.2.7"),
+        (1, '"192.0.2.7:8080" ', "192.0.2.7"),
+        (1, "[::ffff:192.0.2.7]:80", "192.0.2.7"),
+        (1, "192.0.2.7:http", "127.0.0.1"),
+        (1, "192.0.2.7:1:2", "127.0.0.1"),
+        (1, ":8080", "127.0.0.1"),
+        (1, "[]:8080", "127.0.0.1"),
+        (1, "_hidden:8080", "127.0.0.1"),
         (1, "999.1.1.1", "127.0.0.1"),
         (1, "192.0.2.7,", "192.0.2.7"),
         (1, " , 192.0.2.7 , ", "192.0.2.7"),
@@ -232,6 +247,7 @@ def test_two_users_have_a_budget_each_and_share_the_sites(
         (1, "2A00:1450:4001:081B:FFFF::1", "2a00:1450:4001:81b::"),
         (1, "2a00:1450:4001:81c::1", "2a00:1450:4001:81c::"),
         (1, "fe80::1", "fe80::1"),
+        (1, "[FE80::1%eth0]:80", "fe80::1"),
         (1, "::1", "::1"),
     ],
 )
@@ -242,6 +258,23 @@ def test_an_anonymous_client_pays_by_its_address(
     headers = {"x_forwarded_for": forwarded} if forwarded else {}
     assert client.chat(**headers).status == 200
     assert payers(settled()) == [[f"ip:{payer}", "anonymous", "site"]]
+
+
+@on_sqlite
+def test_a_port_is_no_fresh_budget(client: Client, configure: Configure) -> None:
+    configure(TRUSTED_PROXIES=1)
+    small = {**HELLO, "dailyTokenLimit": 74}
+    codes = [client.chat(small, x_forwarded_for=f"203.0.113.70:{port}").status for port in (51234, 51235, 51236)]
+    assert codes == [200, 429, 429]
+
+
+@on_sqlite
+def test_a_site_that_names_addresses_itself_writes_them_as_it_likes(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    configure(PAYER=lambda request, accounts: ["ip:2A00:1450:4001:081B:FFFF::1"])
+    client.chat()
+    assert payers(settled()) == [["ip:2a00:1450:4001:81b::", "anonymous", "site"]]
 
 
 @on_sqlite
@@ -417,6 +450,14 @@ def test_an_account_that_is_named_twice_is_charged_once(client: Client, configur
         [""],
         [7],
         ["x" * 201],
+        ["team\nblue"],
+        ["\0"],
+        ["\x9b"],
+        ["\u2028"],
+        ["half \ud83d"],
+        [" team"],
+        ["team "],
+        ["team\u00a0"],
         ["site"],
         ["user:1", "site"],
         ["user:1", "anonymous"],
@@ -439,20 +480,31 @@ def test_a_rule_that_names_no_accounts_fails_before_anything_is_spent(
     assert "payer" in caplog.text.lower() or "account" in caplog.text.lower()
 
 
+NAMES = [
+    "x" * 200,
+    'équipe "bleue" 😀\'; --',
+    "a,b",
+    "{a}",
+    "\\",
+    "two words",
+    "क्\u200dष",
+    "👩\u200d🚒",
+    "user:a b",
+]
+
+
 @on_sqlite
 def test_an_account_may_have_any_name_of_200_characters(client: Client, configure: Configure, settled: Settled) -> None:
-    names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b"]
-    configure(PAYER=lambda request, accounts: names)
+    configure(PAYER=lambda request, accounts: NAMES)
     assert client.chat().events[-1] == "done"
-    assert payers(settled()) == [[*names, "site"]]
+    assert payers(settled()) == [[*NAMES, "site"]]
 
 
 @on_postgres
 def test_postgres_keeps_any_name_too(client: Client, configure: Configure, settled: Settled) -> None:
-    names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b", "{a}", "\\"]
-    configure(PAYER=lambda request, accounts: names)
+    configure(PAYER=lambda request, accounts: NAMES)
     assert client.chat().events[-1] == "done"
-    assert payers(settled()) == [[*names, "site"]]
+    assert payers(settled()) == [[*NAMES, "site"]]
 
 
 # What an operator decided.
@@ -561,4 +613,4 @@ def test_pausing_ends_the_answers_that_are_being_written(
     upstream.wait_for_disconnect()
     (row,) = settled()
     assert (row.outcome, row.usage_source) == ("stopped", "counted")
-    assert row.tokens_charged == 10 + 1
+    assert row.tokens_charged == 10 + 1 + 8  # what may have been on its way

@@ -11,6 +11,8 @@ from django.core.checks import CheckMessage, run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
+from django.db import connections
+from django.db.backends.postgresql import psycopg_any
 
 from chatnest import checks, tokens
 from chatnest.conf import NAMES, Settings
@@ -225,6 +227,24 @@ def test_a_provider_that_cannot_be_right_is_named(configure: Configure, typed: A
     assert (message.id, message.msg) == ("chatnest.E003", problem)
 
 
+@pytest.mark.parametrize("path", ["nowhere.client", "tests.test_checks.no_such_client"])
+def test_a_client_that_cannot_be_imported_is_named(configure: Configure, path: str) -> None:
+    configure(PROVIDERS={"azure": {"CLIENT": path}})
+    (message,) = found()
+    assert message.id == "chatnest.E010"
+    assert path in message.msg and "'azure'" in message.msg
+    configure(PROVIDERS={"azure": {"CLIENT": "tests.test_accounts.by_tenant"}, "other": {"CLIENT": by_tenant}})
+    assert found() == []
+
+
+def test_the_default_provider_may_have_its_key_in_providers(configure: Configure) -> None:
+    configure(OPENAI_API_KEY="")
+    assert ids() == ["chatnest.W002"]
+    for typed in ({"API_KEY": "sk-1"}, {"BASE_URL": "http://127.0.0.1:11434/v1"}, {"CLIENT": by_tenant}):
+        configure(PROVIDERS={"default": typed})
+        assert ids() == []
+
+
 def test_a_profile_whose_provider_is_missing_is_told(edit_profile: EditProfile, database: str) -> None:
     edit_profile("expanded", provider="azure")
     edit_profile("off", provider="azure", enabled=False)
@@ -234,6 +254,89 @@ def test_a_profile_whose_provider_is_missing_is_told(edit_profile: EditProfile, 
     assert message.hint == "CHATNEST['PROVIDERS'] has default."
     with pytest.raises(SystemCheckError, match="azure"):
         call_command("check", databases=[database], stdout=StringIO(), stderr=StringIO())
+
+
+# The database's driver.
+
+
+@pytest.mark.parametrize("is_psycopg3", [True, False])
+def test_psycopg2_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch, is_psycopg3: bool) -> None:
+    """Django takes it where it is installed, and the ledger's statements in one round trip are not its own."""
+    monkeypatch.setattr(psycopg_any, "is_psycopg3", is_psycopg3)
+    configure(DATABASE_ALIAS="default")
+    assert ids() == []
+    configure(DATABASE_ALIAS="postgres")
+    assert ids() == ([] if is_psycopg3 else ["chatnest.E011"])
+
+
+# Before it is deployed, where strangers may chat.
+
+
+class SessionsInPostgres:
+    """A router."""
+
+    def db_for_read(self, model: type, **hints: Any) -> str | None:
+        return "postgres" if model.__name__ == "Session" else None
+
+
+def before_deploying() -> list[str | None]:
+    messages = run_checks(include_deployment_checks=True)
+    return [message.id for message in messages if (message.id or "").startswith("chatnest.")]
+
+
+@pytest.mark.parametrize(
+    ("trusted", "proxies", "anonymous", "told"),
+    [
+        ("*", 0, True, ["chatnest.W006"]),
+        ("10.0.0.1, *", 0, True, ["chatnest.W006"]),
+        ("*", 1, True, []),  # chatnest counts hops itself
+        ("*", 0, False, []),  # nobody pays by address
+        ("10.0.0.1", 0, True, []),
+        ("", 0, True, []),
+    ],
+)
+def test_a_server_that_believes_every_client_is_told(
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    trusted: str,
+    proxies: int,
+    anonymous: bool,
+    told: list[str],
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+    configure(TRUSTED_PROXIES=proxies, ALLOW_ANONYMOUS=anonymous)
+    assert before_deploying() == told
+    assert ids() == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "pool", "anonymous", "told"),
+    [
+        ("db", None, True, ["chatnest.W007"]),
+        ("cached_db", None, True, ["chatnest.W007"]),
+        ("db", {"max_size": 8}, True, []),
+        ("db", True, True, []),
+        ("db", None, False, []),
+        ("signed_cookies", None, True, []),
+        ("cache", None, True, []),
+    ],
+)
+def test_sessions_in_postgres_without_a_pool_are_told(
+    configure: Configure,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    pool: Any,
+    anonymous: bool,
+    told: list[str],
+) -> None:
+    """150 sockets with made-up cookies emptied PostgreSQL's 100 places; with a pool of four nobody was refused."""
+    configure(ALLOW_ANONYMOUS=anonymous)
+    settings.SESSION_ENGINE = f"django.contrib.sessions.backends.{engine}"
+    assert before_deploying() == [], "the tests' sessions are in SQLite"
+    settings.DATABASE_ROUTERS = [SessionsInPostgres()]
+    monkeypatch.setitem(connections["postgres"].settings_dict, "OPTIONS", {"pool": pool})
+    assert before_deploying() == told
 
 
 # Profiles, where the database may be read.
