@@ -176,13 +176,19 @@ _RULES: Final[Mapping[str, Rule]] = {
     "SHOW_REASONING": _FLAG,
     "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
 }
+_OURS: Final = frozenset(
+    {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n", "best_of"}
+)
 _PROVIDER_RULES: Final[Mapping[str, Rule]] = {
     "API_KEY": (lambda value: isinstance(value, str) or callable(value), "a string, or a callable that returns one"),
     "BASE_URL": _ADDRESS,
     "ORGANIZATION": (lambda value: value is None or isinstance(value, str), "a string, or None"),
     "HEADERS": _STRINGS,
     "QUERY": _STRINGS,
-    "EXTRA_BODY": (lambda value: _is_dict(value), "a dict"),
+    "EXTRA_BODY": (
+        lambda value: _is_dict(value) and not _OURS & value.keys(),
+        "a dict, without what chatnest says itself (the model, messages, how many tokens and answers)",
+    ),
     "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
     "STREAM_OPTIONS": _FLAG,
     "TOKENIZER": (lambda value: value is None or isinstance(value, str), "the name of a tokenizer, or None"),
