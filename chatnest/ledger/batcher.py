@@ -137,7 +137,7 @@ class Batcher:
         if thread := self._thread:
             self._queue.put(None)
             thread.join(CLOSE_SECONDS)
-            self._thread = None
+            self._thread, self._outage = None, Outage()
 
 
 batcher: Final = Batcher()

@@ -22,7 +22,7 @@ class Job:
 
     @property
     def is_abandoned(self) -> bool:
-        """Nobody waits for the answer any more, so it need not be found."""
+        """Who asked has given up, so the answer need not be found. Nobody gives up a settlement."""
         return self.future is not None and self.future.done()
 
 
@@ -41,11 +41,6 @@ class OperationJob(Job):
         super().__init__(loop)
         self.operation = operation
         self.is_kept = False  # over an outage
-
-    @property
-    def is_abandoned(self) -> bool:
-        """What a stream used is written whoever is there."""
-        return isinstance(self.operation, Reserve) and super().is_abandoned
 
 
 Answers = list[tuple[Job, Any]]
