@@ -68,7 +68,8 @@ def configure(settings: Any) -> Configure:
 @pytest.fixture
 def upstream(configure: Configure) -> Iterator[FakeUpstream]:
     with FakeUpstream() as upstream:
-        configure(OPENAI_BASE_URL=upstream.url)
+        # It counts as OpenAI does: a prompt's bound is exact.
+        configure(OPENAI_BASE_URL=upstream.url, PROVIDERS={"default": {"TOKENIZER": "o200k_base"}})
         yield upstream
 
 

@@ -36,6 +36,8 @@ from project.asgi import application
 from .client import HELLO, Client
 from .conftest import Configure, EditProfile, Settled, on_sqlite, stalled
 
+pytestmark = pytest.mark.usefixtures("known_model")
+
 HELLO_BOUND = 10
 PROMPTLY = 0.1
 BODY = json.dumps(HELLO).encode()
