@@ -9,6 +9,8 @@ from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.db import connections
+
 from chatnest import ledger
 from chatnest.conf import settings
 from chatnest.errors import ChatError
@@ -96,6 +98,13 @@ def counters(account: str = "user:1", day: Any = None) -> tuple[int, int, int]:
     rows = DailyUsage.objects.using(settings.DATABASE_ALIAS)
     usage = rows.filter(day=day or ledger.today(), account=account)
     return usage.values_list("tokens_used", "tokens_reserved", "requests").first() or (0, 0, 0)
+
+
+def waits_for_a_lock(alias: str) -> bool:
+    """Whether anybody on this PostgreSQL waits for a lock just now."""
+    with connections[alias].cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        return bool(cursor.fetchone()[0])
 
 
 def discrepancies() -> list[str]:

@@ -21,8 +21,8 @@ from chatnest.ledger.audit import Discrepancy, Pruned, prune, verify
 from chatnest.ledger.book import Book
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
 
-from .bookkeeping import Clock, Outcome, ask, counters, discrepancies, do, row_of, used
-from .conftest import on_postgres
+from .bookkeeping import Clock, Outcome, UsageSource, ask, counters, discrepancies, do, row_of, used, waits_for_a_lock
+from .conftest import eventually, on_postgres
 
 TODAY = date(2026, 11, 22)
 NOON = "2026-11-22T12:00:00+00:00"
@@ -396,6 +396,65 @@ def test_a_lost_lease_is_kept_for_a_day_lest_a_late_settlement_be_charged_twice(
     assert prune(ledger.today()).skipped == ()
     assert counters("user:1", TODAY) == (30, 0, 1)
     assert verify() == []
+
+
+def test_a_day_is_a_day(database: str, clock: Clock) -> None:
+    clock.set("2026-11-22T23:59:50+00:00")
+    do(ask())  # its lease ends at 00:00:20
+    for now, skipped in (
+        ("2026-11-23T00:00:20+00:00", (TODAY,)),
+        ("2026-11-23T12:00:00+00:00", (TODAY,)),
+        ("2026-11-24T00:00:19+00:00", (TODAY,)),
+        ("2026-11-24T00:00:20+00:00", ()),
+    ):
+        clock.set(now)
+        assert prune(ledger.today()).skipped == skipped, now
+
+
+def test_a_hold_that_was_settled_as_such_awaits_nothing(database: str, clock: Clock) -> None:
+    """Nothing was reported, and the whole hold is the charge: that is a settlement like any other."""
+    clock.set("2026-11-22T23:59:50+00:00")
+    hold = do(ask())
+    do(used(hold, hold.tokens, source=UsageSource.HELD))
+    clock.set("2026-11-23T00:01:00+00:00")
+    assert (prune(ledger.today()).reservations, verify()) == (1, [])
+
+
+@on_postgres
+def test_a_late_settlement_waits_for_a_prune_that_has_begun(database: str, clock: Clock, rows: Rows) -> None:
+    """Between the sum and the deletion of its rows, nothing may be added to them."""
+    hold = do(ask())
+    clock.set(LATER)
+    ledger.expire_overdue()
+    late: list[threading.Thread] = []
+
+    def settle_meanwhile(execute: Any, sql: str, *args: Any) -> Any:
+        if sql.startswith("DELETE") and not late:
+            late.append(beside(lambda: do(used(hold, 30))))
+            eventually(lambda: waits_for_a_lock(database))
+        return execute(sql, *args)
+
+    with connections[database].execute_wrapper(settle_meanwhile):
+        assert prune(ledger.today()).reservations == 1
+    late[0].join(30)
+    assert counters("user:1", TODAY) == (140, 0, 1)
+    assert verify() == []
+
+
+def test_usage_rows_that_say_nothing_go_too(database: str, clock: Clock, rows: Rows) -> None:
+    do(used(do(ask()), 44))
+    for account, day in (("user:7", TODAY), ("user:8", TODAY), ("user:7", date(2026, 11, 30))):
+        rows(DailyUsage).create(day=day, account=account)
+    rows(DailyUsage).create(day=TODAY, account="user:9", requests=1)
+    clock.set("2026-11-30T12:00:00+00:00")
+    assert prune(ledger.today(), dry_run=True).usage_rows == 2
+    assert prune(ledger.today()).usage_rows == 2
+    assert set(rows(DailyUsage).values_list("account", "requests")) == {
+        ("user:1", 1),
+        ("site", 1),
+        ("user:9", 1),
+        ("user:7", 0),
+    }
 
 
 def test_a_settlement_later_than_that_is_still_proven(database: str, clock: Clock, rows: Rows) -> None:

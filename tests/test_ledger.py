@@ -40,6 +40,7 @@ from .bookkeeping import (
     hold_of,
     row_of,
     used,
+    waits_for_a_lock,
 )
 from .conftest import Configure, eventually, on_postgres, on_sqlite
 
@@ -903,17 +904,6 @@ def impatient(alias: str) -> Iterator[None]:
             cursor.execute("RESET lock_timeout")
 
 
-def wait_for_a_lock(alias: str) -> None:
-    """Until somebody waits for one."""
-
-    def waiting() -> bool:
-        with connections[alias].cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
-            return bool(cursor.fetchone()[0])
-
-    eventually(waiting)
-
-
 @on_postgres
 @pytest.mark.parametrize("new", [False, True], ids=["in use", "new"])
 @pytest.mark.parametrize(
@@ -934,7 +924,7 @@ def test_who_waits_for_a_budget_keeps_nobody_from_the_next_one(
     with transaction.atomic(using=database):
         ledger.apply([question(*first)])
         waiting = elsewhere(lambda: ledger.apply([question(*second), question(*first)]))
-        wait_for_a_lock(database)
+        eventually(lambda: waits_for_a_lock(database))
         with impatient(database):
             (hold,) = ledger.apply([question(*second)])
             assert isinstance(hold, Hold)
@@ -950,7 +940,7 @@ def test_a_renewal_waits_in_the_same_order_as_everyone_else(database: str, elsew
     with transaction.atomic(using=database):
         ids.get(id=low)
         waiting = elsewhere(lambda: ledger.renew([high, low]))
-        wait_for_a_lock(database)
+        eventually(lambda: waits_for_a_lock(database))
         with impatient(database):
             ids.get(id=high)
     assert waiting.result(10) == (set(), set())

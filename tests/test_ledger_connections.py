@@ -21,7 +21,7 @@ from chatnest.ledger.batcher import Batcher, batcher
 from chatnest.ledger.transactions import is_bug, is_conflict, is_outage
 from chatnest.models import Calibration, Reservation
 
-from .bookkeeping import ask, counters, discrepancies, do, given_back, hold_of, used
+from .bookkeeping import ask, counters, discrepancies, do, given_back, hold_of, used, waits_for_a_lock
 from .conftest import eventually, on_postgres, on_sqlite
 
 Connect = Callable[..., None]
@@ -261,12 +261,6 @@ def test_who_settles_what_is_only_now_committed_finds_its_counters_too(database:
         one.result(10)
         assert other.result(10) == 1000
     assert counters() == (0, 0, 1)
-
-
-def waits_for_a_lock(database: str) -> bool:
-    with connections[database].cursor() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
-        return bool(cursor.fetchone()[0])
 
 
 @on_sqlite

@@ -1,8 +1,11 @@
 """The real ledger, driven at random, beside a model of it that keeps everything in a list and adds it up anew.
 
-Thousands of steps on each database: reserve, settle, cancel, expire, renew, stop, reset, pause, edit limits, and
-a clock that crosses midnight and the nights on which it is changed. Every answer must be the model's, and after
-every step the rows must add up. ``LEDGER_EXAMPLES=2000 pytest tests/test_ledger_machine.py`` looks for longer.
+Thousands of steps on each database: reserve, settle, retry, cancel, expire, renew, stop, reset, pause, edit limits,
+and a clock that crosses midnight and the nights on which it is changed. Two models answer, report or are left, and
+teach; what they bill is never more than what is charged, but for a chat template that nobody has met. Every answer
+must be the model's, and after every step the rows must add up.
+
+``LEDGER_EXAMPLES=2000 pytest tests/test_ledger_machine.py`` looks for longer.
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from chatnest import conf, ledger
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, Paused, RateLimited, TooManyStreams
-from chatnest.ledger import Budget, Hold, Reserve, Reset, Settle, Stop, new_id, todays_budgets
+from chatnest.ledger import Budget, Hold, Lesson, Reserve, Reset, Settle, Stop, new_id, todays_budgets
+from chatnest.ledger.charges import IN_FLIGHT, Billed, Received, settlement
 from chatnest.limits import Limits
-from chatnest.models import Account, Adjustment, DailyUsage, Profile, RateWindow, Reservation
+from chatnest.models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Reservation
 from chatnest.policy import Policy, Terms
+from chatnest.provider.chunks import Report
 
 from .bookkeeping import Clock, Outcome, UsageSource, hold_of
 from .conftest import Configure
@@ -60,6 +65,44 @@ FIELDS: Final = {  # the model's names for the rows'
 Key = tuple[date, str]
 
 
+@dataclass(frozen=True)
+class Provider:
+    """Bills its prompt with a template that no bound of ours has, and what it wrote until it saw its reader leave."""
+
+    name: str
+    model: str
+    template: int
+    shows_reasoning: bool
+
+    def answer(
+        self, hold: Hold, text: int, reasoning: int, leaves_after: int | None, in_flight: int
+    ) -> tuple[int, Received]:
+        """Its bill, and what was received."""
+        prompt = hold.prompt_tokens - hold.prompt_excess + self.template
+        reasoning = min(reasoning if self.shows_reasoning else 40, hold.output_tokens)
+        text = min(text, hold.output_tokens - reasoning)
+        shown = reasoning if self.shows_reasoning else 0
+        if leaves_after is None or leaves_after > shown + text:
+            report = Report(
+                prompt_tokens=prompt,
+                completion_tokens=reasoning + text,
+                total_tokens=prompt + reasoning + text,
+                reasoning_tokens=reasoning,
+            )
+            return prompt + reasoning + text, Received(
+                billed=Billed.ANSWER, tokens=shown + text, reasoning_tokens=shown, ended=True, report=report
+            )
+        written = min(reasoning - shown + leaves_after + in_flight, reasoning + text)
+        return prompt + written, Received(billed=Billed.ANSWER, tokens=leaves_after)
+
+
+# One that shows what it bills, and one of which nobody knows when it reasons but by its reports: it always does.
+PROVIDERS: Final = (
+    Provider("default", "gpt-4o-mini", template=7, shows_reasoning=True),
+    Provider("azure", "o-something", template=0, shows_reasoning=False),
+)
+
+
 # The model.
 
 
@@ -77,6 +120,7 @@ class Held:
     prompt: int = 0
     completion: int = 0
     resolved: datetime | None = None
+    awaited: bool = False  # charged, but not by its settlement, which may yet come
 
     @property
     def payer(self) -> str:
@@ -92,6 +136,8 @@ class Model:
     admitted: list[tuple[str, int, datetime]] = field(default_factory=list)  # who, by which window, when
     # Up to where each budget may be filled: the limit of the last admission, and what providers overran since.
     filled_to: dict[Key, int] = field(default_factory=dict)
+    # What each answer taught that is not forgotten.
+    lessons: dict[tuple[str, str], list[Lesson]] = field(default_factory=dict)
 
     def of(self, key: Key) -> list[Held]:
         return [held for held in self.holds.values() if held.day == key[0] and key[1] in held.accounts]
@@ -161,8 +207,11 @@ class Model:
 
     def settle(self, ask: Settle, now: datetime) -> Any:
         held = self.holds.get(ask.hold.id)
-        if held and (held.state == "open" or held.source == "held"):
+        if held and (held.state == "open" or held.awaited):
             late = held.state != "open"
+            held.awaited = False
+            if ask.lesson:
+                self.lessons.setdefault((ask.lesson.provider, ask.lesson.model), []).append(ask.lesson)
             if late:
                 for account in held.accounts:
                     correction = ask.total_tokens - held.charged
@@ -187,7 +236,7 @@ class Model:
         if not held or held.state != "open":
             return bool, False
         self.resolve(held, "settled", "stopped", held.tokens, now)
-        held.source = "held"
+        held.source, held.awaited = "held", True
         return bool, True
 
     def reset(self, ask: Reset, now: datetime) -> Any:
@@ -200,7 +249,20 @@ class Model:
         for held in self.holds.values():
             if held.state == "open" and held.expires <= now:
                 self.resolve(held, "expired", "expired", held.tokens, now)
-                held.source = "held"
+                held.source, held.awaited = "held", True
+
+    def known(self, of: tuple[str, str]) -> Calibration | None:
+        if not (lessons := self.lessons.get(of)):
+            return None
+        return Calibration(
+            provider=of[0],
+            model=of[1],
+            reports=sum(lesson.reported for lesson in lessons),
+            prompt_excess=max(lesson.prompt_excess for lesson in lessons),
+            completion_excess=max(lesson.completion_excess for lesson in lessons),
+            reasons_unseen=any(lesson.reasons_unseen for lesson in lessons),
+            ignores_max_tokens=any(lesson.ignores_max_tokens for lesson in lessons),
+        )
 
     def renew(self, ids: Sequence[UUID], now: datetime) -> set[UUID]:
         stop = set()
@@ -234,25 +296,36 @@ one_of_them = st.integers(0, 1000)  # counted from the last
 payers = st.sampled_from(PAYERS)
 accounts = st.sampled_from(["user:1", "user:2", "team:1", "site"])
 
-reserve = happens("reserve", payers, st.integers(0, 80), st.sampled_from([1, 10, 64]))
+reserve = happens("reserve", payers, st.integers(1, 80), st.sampled_from([1, 10, 64]), st.sampled_from(PROVIDERS))
+answer = happens(
+    "answer",
+    one_of_them,
+    st.integers(0, 150),  # tokens of text that the model would write
+    st.sampled_from([0, 0, 40]),  # and of reasoning
+    st.none() | st.integers(0, 150),  # after how many that are seen its reader leaves
+    st.integers(0, IN_FLIGHT),
+)
 settle = happens("settle", one_of_them, st.sampled_from([0, -1, -50, -999, 1, 400]), st.booleans())
 operation = st.one_of(
     reserve,
     reserve,
     reserve,
     settle,
-    settle,
+    answer,
+    answer,
     happens("again", one_of_them),
+    happens("retry", one_of_them),
     happens("give back", one_of_them),
     happens("stop", one_of_them),
     happens("reset", accounts, st.booleans()),
     # A request that is in the queue, and gets its turn later, or never.
-    happens("wait", payers, st.integers(0, 80)),
+    happens("wait", payers, st.integers(1, 80)),
 )
 edit = st.one_of(
     happens("pause", accounts, st.sampled_from([False, False, True])),
     happens("limit account", accounts, st.sampled_from([None, 5000, 500, 250, 0])),
     happens("limit profile", st.just("rate_max_requests"), st.sampled_from([9, 5, 1, 0])),
+    happens("clear", st.sampled_from(PROVIDERS)),
     happens("limit profile", st.just("max_concurrent_streams"), st.sampled_from([5, 3, 1, 0])),
     happens("limit profile", st.just("max_output_tokens"), st.sampled_from([120, 80, 20, 1])),
 )
@@ -273,7 +346,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )
     )
     def begin(self, start: str) -> None:
-        for model in (Reservation, Adjustment, DailyUsage, RateWindow, Account, Profile):
+        for model in (Reservation, Adjustment, Calibration, DailyUsage, RateWindow, Account, Profile):
             rows = model._default_manager.using(self.alias)
             rows._raw_delete(self.alias)  # type: ignore[attr-defined]
         self.edit_limit_profile()
@@ -300,10 +373,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def operate(self, operations: list[Any]) -> None:
         self.clock.move(0.000_001)
-        asks = [ask for name, *how in operations if (ask := self.named("to", name)(*how))]
+        asks = [ask for name, *how in operations for ask in self.asks(self.named("to", name)(*how))]
         answers = ledger.apply(asks)
         expected = [self.expected(ask) for ask in asks]
         assert [shown(answer) for answer in answers] == expected, asks
+
+    @staticmethod
+    def asks(asked: Any) -> list[Any]:
+        """An operation may be asked for by one, by none, or by two."""
+        return asked if isinstance(asked, list) else [asked] if asked else []
 
     @rule(seconds=moment, looks=st.booleans())
     def time_passes(self, seconds: float, looks: bool) -> None:
@@ -333,6 +411,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def edit_limit_account(self, account: str, limit: int | None) -> None:
         Account.objects.using(self.alias).update_or_create(name=account, defaults={"daily_token_limit": limit})
 
+    def edit_clear(self, provider: Provider) -> None:
+        """What reports have taught of a model."""
+        Calibration.objects.using(self.alias).filter(provider=provider.name, model=provider.model).delete()
+        self.model.lessons.pop((provider.name, provider.model), None)
+
     def edit_limit_profile(self, name: str = "max_output_tokens", value: int = 120) -> None:
         rows = Profile.objects.using(self.alias)
         profile = rows.filter(name="balanced").first() or Profile(name="balanced", **LIMITS)
@@ -344,17 +427,21 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # How it is asked for.
 
-    def to_reserve(self, payer: Sequence[str], prompt: int, least: int) -> Reserve | None:
+    def to_reserve(self, payer: Sequence[str], bound: int, least: int, provider: Provider) -> Reserve | None:
         terms = self.terms(payer)
         if terms is None:
             return None
         limits: Limits = terms.limits
+        known = Policy.read().calibrations.get((provider.name, provider.model))
+        excess = known.prompt_excess if known else 0
         ask = Reserve(
             id=new_id(),
             budgets=todays_budgets(terms.budgets),
             profile=terms.profile,
-            model=terms.model,
-            prompt_tokens=prompt,
+            provider=provider.name,
+            model=provider.model,
+            prompt_tokens=bound + excess,
+            prompt_excess=excess,
             max_output_tokens=limits.max_output_tokens,
             min_output_tokens=least,
             rate_max_requests=limits.rate_max_requests,
@@ -364,8 +451,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.asked.append(ask)
         return ask
 
-    def to_wait(self, payer: Sequence[str], prompt: int) -> None:
-        self.to_reserve(payer, prompt, 64)
+    def to_wait(self, payer: Sequence[str], bound: int) -> None:
+        self.to_reserve(payer, bound, 64, PROVIDERS[0])
 
     def terms(self, payer: Sequence[str]) -> Terms | None:
         """What the operators' rows give; None if they paused one who pays."""
@@ -393,6 +480,33 @@ class LedgerMachine(RuleBasedStateMachine):
             completion_tokens=tokens - min(tokens, ask.prompt_tokens),
             total_tokens=tokens,
         )
+
+    def to_answer(
+        self, which: int, text: int, reasoning: int, leaves_after: int | None, in_flight: int
+    ) -> Settle | None:
+        """The provider answers, or is left; it is settled as the rule says."""
+        known = [ask for ask in self.sent if ask.id in self.model.holds]
+        if not known:
+            return None
+        ask = known[-1 - which % len(known)]
+        hold = ask.held(self.model.holds[ask.id].tokens - ask.prompt_tokens)
+        provider = next(one for one in PROVIDERS if one.name == ask.provider)
+        bill, received = provider.answer(hold, text, reasoning, leaves_after, in_flight)
+        learned = self.model.known((ask.provider, ask.model))
+        settle = settlement(hold, Outcome.COMPLETED, received, learned)
+        assert settle.total_tokens >= bill - max(0, provider.template - hold.prompt_excess)
+        return settle
+
+    def to_retry(self, which: int) -> list[Any] | None:
+        """Its provider failed late: it may have read the prompt. The next attempt has a reservation of its own."""
+        known = [ask for ask in self.sent if ask.id in self.model.holds]
+        if not known:
+            return None
+        ask = known[-1 - which % len(known)]
+        hold = ask.held(self.model.holds[ask.id].tokens - ask.prompt_tokens)
+        again = ask.again()
+        self.asked.append(again)
+        return [settlement(hold, Outcome.UPSTREAM_ERROR, Received(billed=Billed.PROMPT)), again]
 
     def to_give_back(self, which: int) -> Settle | None:
         """By who never heard the answer: there may be no hold at all."""
@@ -432,6 +546,17 @@ class LedgerMachine(RuleBasedStateMachine):
             held_id: (held.day, held.tokens, held.expires, held.resolved, *(getattr(held, name) for name in FIELDS))
             for held_id, held in self.model.holds.items()
         }
+
+    @invariant()
+    def what_was_taught_is_known(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        columns = ("reports", "prompt_excess", "completion_excess", "reasons_unseen", "ignores_max_tokens")
+        rows = {(row.provider, row.model): row for row in Calibration.objects.using(self.alias)}
+        assert rows.keys() == self.model.lessons.keys()
+        for of, row in rows.items():
+            known = self.model.known(of)
+            assert [getattr(row, name) for name in columns] == [getattr(known, name) for name in columns]
 
     @invariant()
     def the_counters_add_up_and_no_budget_is_overspent(self) -> None:
