@@ -15,7 +15,9 @@ from django.contrib.auth.models import User
 from django.core.exceptions import PermissionDenied
 from django.db import connections
 from django.test import Client as DjangoClient
+from freezegun import freeze_time
 
+from chatnest import conf
 from chatnest.models import Account, DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
@@ -26,6 +28,8 @@ LOGIN = "Please log in to use the chat."
 STALE = "The page is out of date (CSRF check failed). Reload it and try again."
 PAUSED = "The chat is paused by its operator. Please try again later."
 TOKEN = "a" * 32
+BOUND = len("Hello!") + 8 + 64  # its bytes, its message, a template
+LEAST = BOUND + 64  # the hold of the shortest answer that is worth beginning
 
 
 def refused(answer: Answer, status: int, code: str, message: str) -> None:
@@ -191,11 +195,11 @@ def test_two_users_have_a_budget_each_and_share_the_sites(
     client: Client, ada: User, settled: Settled, configure: Configure
 ) -> None:
     grace = User.objects.create_user("grace")
-    small = {**HELLO, "dailyTokenLimit": 74}
+    small = {**HELLO, "dailyTokenLimit": LEAST}
     assert client.chat(small, **log_in(ada)).status == 200
     assert client.chat(small, **log_in(ada)).json["code"] == "daily_budget_exceeded"
     assert client.chat(small, **log_in(grace)).status == 200
-    configure(SITE_DAILY_TOKEN_LIMIT=28 + 73)
+    configure(SITE_DAILY_TOKEN_LIMIT=28 + LEAST - 1)
     assert client.chat(HELLO, **log_in(grace)).json["code"] == "daily_budget_exceeded"
 
 
@@ -263,7 +267,7 @@ def test_an_anonymous_client_pays_by_its_address(
 @on_sqlite
 def test_a_port_is_no_fresh_budget(client: Client, configure: Configure) -> None:
     configure(TRUSTED_PROXIES=1)
-    small = {**HELLO, "dailyTokenLimit": 74}
+    small = {**HELLO, "dailyTokenLimit": LEAST}
     codes = [client.chat(small, x_forwarded_for=f"203.0.113.70:{port}").status for port in (51234, 51235, 51236)]
     assert codes == [200, 429, 429]
 
@@ -280,7 +284,7 @@ def test_a_site_that_names_addresses_itself_writes_them_as_it_likes(
 @on_sqlite
 def test_a_made_up_address_is_no_fresh_budget(client: Client, configure: Configure) -> None:
     configure(TRUSTED_PROXIES=1)
-    small = {**HELLO, "dailyTokenLimit": 74}
+    small = {**HELLO, "dailyTokenLimit": LEAST}
     codes = [client.chat(small, x_forwarded_for=f"198.51.100.{n}, 192.0.2.7").status for n in range(3)]
     assert codes == [200, 429, 429]
 
@@ -323,7 +327,7 @@ def test_many_strangers_close_the_chat_for_strangers_and_for_no_user(
     client: Client, ada: User, configure: Configure, settled: Settled
 ) -> None:
     """Each with a budget of its own that is nowhere near spent: addresses are easily had."""
-    configure(SITE_DAILY_TOKEN_LIMIT=1000, TRUSTED_PROXIES=1, MIN_OUTPUT_TOKENS=180)
+    configure(SITE_DAILY_TOKEN_LIMIT=1000, TRUSTED_PROXIES=1, MIN_OUTPUT_TOKENS=120)
     ends = [client.chat(x_forwarded_for=f"192.0.2.{n}") for n in range(5)]
     assert [answer.status for answer in ends] == [200, 429, 429, 429, 429]
     assert {answer.json["code"] for answer in ends[1:]} == {"daily_budget_exceeded"}
@@ -383,8 +387,8 @@ def test_a_teams_budget_closes_for_all_its_members(
     client: Client, configure: Configure, upstream: FakeUpstream
 ) -> None:
     configure(PAYER=lambda request, accounts: [*accounts, "team:blue"], TRUSTED_PROXIES=1)
-    Account.objects.create(name="team:blue", daily_token_limit=74)
-    assert client.chat(x_forwarded_for="192.0.2.1").data("usage")["remainingToday"] == 60
+    Account.objects.create(name="team:blue", daily_token_limit=LEAST)
+    assert client.chat(x_forwarded_for="192.0.2.1").data("usage")["remainingToday"] == LEAST - 14
     assert client.chat(x_forwarded_for="192.0.2.2").json["code"] == "daily_budget_exceeded"
 
 
@@ -596,6 +600,53 @@ def test_the_lowest_of_profile_account_and_request_is_in_force(client: Client) -
     assert client.chat({**HELLO, "dailyTokenLimit": 4000}).data("usage")["remainingToday"] == 4000 - 28
 
 
+@on_sqlite
+@pytest.mark.parametrize(
+    ("row", "asked", "limit"),
+    [
+        ({}, {}, 70_000 + 1000),
+        ({"daily_token_limit": 500}, {}, 1500),
+        ({"daily_token_limit": 0}, {}, 1000),
+        ({"extra_tokens": 10**12}, {}, 500_000),  # HARD_CAPS
+        ({}, {"dailyTokenLimit": 70_500}, 70_500),  # a client may only tighten, the granted too
+        ({}, {"dailyTokenLimit": 80_000}, 71_000),
+        ({"extra_day": "2026-11-24"}, {}, 70_000),
+        ({"extra_day": "2026-11-26"}, {}, 70_000),
+    ],
+    ids=str,
+)
+def test_an_operator_may_grant_more_for_one_day(
+    client: Client, ada: User, configure: Configure, row: dict[str, Any], asked: dict[str, Any], limit: int
+) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=10**9)
+    with freeze_time("2026-11-25 12:00:00", tick=True):
+        edit_account(f"user:{ada.pk}", **{"extra_tokens": 1000, "extra_day": "2026-11-25", **row})
+        answer = client.chat({**HELLO, **asked}, **log_in(ada))
+    assert answer.data("usage")["remainingToday"] == limit - 14
+
+
+@on_sqlite
+def test_a_grant_is_over_at_midnight(client: Client, configure: Configure) -> None:
+    configure(TIME_ZONE="Europe/Berlin")
+    with freeze_time("2026-11-25 22:59:50", tick=True) as clock:
+        edit_account("ip:127.0.0.1", daily_token_limit=0, extra_tokens=1000, extra_day="2026-11-25")
+        assert client.chat().status == 200
+        clock.move_to("2026-11-25 23:00:00")
+        assert client.chat().json["code"] == "daily_budget_exceeded"
+
+
+@on_sqlite
+def test_what_many_share_is_granted_no_more_than_the_site_has(client: Client, configure: Configure) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=1000)
+    today = conf.today()
+    edit_account("site", daily_token_limit=500, extra_tokens=10**9, extra_day=today)
+    assert client.usage()["remainingToday"] == 200, "a fifth of 1,000"
+    edit_account("anonymous", daily_token_limit=100, extra_tokens=50, extra_day=today)
+    assert client.usage()["remainingToday"] == 150
+    edit_account("anonymous", extra_tokens=10**9)
+    assert client.usage()["remainingToday"] == 1000
+
+
 def test_pausing_ends_the_answers_that_are_being_written(
     client: Client, upstream: FakeUpstream, configure: Configure, database: str, settled: Settled
 ) -> None:
@@ -613,4 +664,4 @@ def test_pausing_ends_the_answers_that_are_being_written(
     upstream.wait_for_disconnect()
     (row,) = settled()
     assert (row.outcome, row.usage_source) == ("stopped", "counted")
-    assert row.tokens_charged == 10 + 1 + 8  # what may have been on its way
+    assert row.tokens_charged == BOUND + 1 + 8  # what may have been on its way
