@@ -9,19 +9,24 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from difflib import get_close_matches
 from inspect import isawaitable
-from typing import Final
+from typing import Any, Final
 
 from asgiref.sync import sync_to_async
-from django.core.exceptions import ImproperlyConfigured, PermissionDenied
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
 from django.http import HttpRequest, HttpResponse, QueryDict
 from django.middleware.csrf import CsrfViewMiddleware
+from django.utils.translation import gettext as _
 
 from .conf import payer_callable, settings
 from .errors import Forbidden, NotAuthenticated
 
 SITE: Final = "site"
 ANONYMOUS: Final = "anonymous"
+KINDS: Final = ("user", "ip", "key")
 SHARED: Final = (SITE, ANONYMOUS)  # by many payers; they are nobody's own
 UNKNOWN: Final = "unknown"
 # All but what nobody can see or type: control characters (no database keeps all of them), line breaks, halves of
@@ -60,6 +65,54 @@ def canonical(name: str) -> str:
     """The name of the account that is charged; it is another only where an address has several forms."""
     kind, _, rest = name.partition(":")
     return f"ip:{normal_address(rest) or rest}" if kind == "ip" else name
+
+
+def misnamed(name: str) -> str | None:
+    """Why no request is charged to an account of this name, as far as can be known; or None."""
+    if name in SHARED:
+        return None
+    kind, colon, rest = name.partition(":")
+    match kind, colon:
+        case "user", ":":
+            return _unknown_user(rest)
+        case "ip", ":":
+            return None if normal_address(rest) or rest == UNKNOWN else _("%s is no IP address.") % rest
+        case "key", ":":
+            return None if rest else _("Which key?")
+    meant = _meant(name)
+    if settings.PAYER is None and not (meant or colon) and (user := _user_named(name)):
+        meant = f"user:{user.pk}"
+    if meant:
+        return _("No request is charged to %(name)s. Did you mean %(meant)s?") % {"name": name, "meant": meant}
+    if settings.PAYER is None:
+        return _("No request is charged to %s. Accounts are named like site, user:7 or ip:192.0.2.1.") % name
+    return None
+
+
+def _meant(name: str) -> str | None:
+    """What is nearly that name, and no team's or tenant's."""
+    kind, colon, rest = name.partition(":")
+    if close := get_close_matches(kind.strip().lower(), KINDS if colon else SHARED, 1, 0.8):
+        return f"{close[0]}{colon}{rest.strip()}"
+    address = normal_address(name)
+    return f"ip:{address}" if address else None
+
+
+def _unknown_user(pk: str) -> str | None:
+    users = get_user_model()._base_manager
+    with suppress(ValueError, ValidationError):  # no primary key could be that
+        if user := users.filter(pk=pk).first():
+            if str(user.pk) == pk:
+                return None
+            return _("Did you mean user:%s?") % user.pk
+    problem = _("There is no user with the primary key %s.") % pk
+    user = _user_named(pk)
+    return f"{problem} {_('Did you mean user:%s?') % user.pk}" if user else problem
+
+
+def _user_named(name: str) -> Any:
+    users = get_user_model()
+    return users._base_manager.filter(**{users.USERNAME_FIELD: name}).first()
 
 
 def is_stranger(payer: str) -> bool:

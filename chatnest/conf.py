@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import tzinfo
+from datetime import date, datetime, tzinfo
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
@@ -245,6 +245,11 @@ def provider(name: str) -> Provider:
 def time_zone() -> tzinfo:
     """The zone whose midnight ends a budget's day."""
     return ZoneInfo(settings.TIME_ZONE) if settings.TIME_ZONE else timezone.get_default_timezone()
+
+
+def today(now: datetime | None = None) -> date:
+    """The budget's day at ``now``, an aware datetime, or at this moment: 23 or 25 hours where clocks change."""
+    return timezone.localdate(now, time_zone())
 
 
 def payer_callable() -> Callable[..., Any] | None:

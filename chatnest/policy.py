@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Final
 
 from django.db import connections
 
-from .accounts import ANONYMOUS, SITE, is_stranger
-from .conf import settings
+from .accounts import ANONYMOUS, KINDS, SHARED, SITE, is_stranger
+from .conf import settings, today
 from .errors import ChatError, Forbidden, NotAuthenticated, Paused
 from .limits import DEFAULT_PROFILES, Limits, Tightening, clamp, hard_caps, tighten, up_to
 from .models import Account, Calibration, Profile
@@ -37,6 +39,19 @@ class Terms:
     system_prompt: str
     limits: Limits
     budgets: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DailyLimit:
+    """An account's limit in tokens: what its ``source`` gives, a setting or a profile, and what is in force.
+
+    ``paused``: the account, its own or one shared, whose pause stops it; empty if none.
+    """
+
+    given: int
+    source: str
+    in_force: int
+    paused: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +81,44 @@ class Policy:
         rows = [row for name in accounts if (row := self.accounts.get(name))]
         if any(row.paused for row in rows):
             raise Paused(retry_after=60)
-        profile = self._profile(accounts[0], asked)
+        payer = accounts[0]
+        profile = self._profile(payer, asked)
         limits = clamp(profile.limits, hard_caps())
+        budgets = {name: self._decided(name, self._limit(name)) for name in accounts}
+        budgets[payer] = self._decided(payer, limits.daily_token_limit)
+        limits = replace(limits, daily_token_limit=budgets[payer])
         if request:
             limits = tighten(limits, request)
+            budgets[payer] = limits.daily_token_limit
         return Terms(
             profile=profile.name,
             provider=profile.provider,
             model=profile.model,
             system_prompt=profile.system_prompt,
             limits=limits,
-            budgets={name: self._budget(name, limits, payer=name == accounts[0]) for name in accounts},
+            budgets=budgets,
         )
+
+    def daily_limit(self, account: str, day: date | None = None) -> DailyLimit:
+        """What is in force for ``account`` on a day, today if it is None; for a payer, by the largest profile."""
+        limit, source = self._limit(account), "HARD_CAPS"
+        if account in SHARED:
+            source = f"{account.upper()}_DAILY_TOKEN_LIMIT"
+        elif account.partition(":")[0] in KINDS:
+            limit, source = self._largest_profile(account)
+        pays_from = (account, *([ANONYMOUS] if is_stranger(account) else []), SITE)
+        paused = [name for name in pays_from if (row := self.accounts.get(name)) and row.paused]
+        return DailyLimit(limit, source, self._decided(account, limit, day), paused[0] if paused else "")
+
+    def _largest_profile(self, payer: str) -> tuple[int, str]:
+        """The daily limit of the largest profile that the payer may have, and its name; none if it may have none."""
+        limits = {"": 0}
+        for asked in DEFAULT_PROFILES:
+            with suppress(ChatError):
+                profile = self._profile(payer, asked)
+                limits[profile.name] = clamp(profile.limits, hard_caps()).daily_token_limit
+        largest = max(limits, key=lambda name: (limits[name], name))
+        return limits[largest], largest
 
     def _profile(self, payer: str, asked: str) -> Profile:
         row = self.accounts.get(payer)
@@ -102,20 +143,29 @@ class Policy:
                 refusal = NotAuthenticated()
         raise refusal
 
-    def _budget(self, account: str, limits: Limits, *, payer: bool) -> int:
+    def _limit(self, account: str) -> int:
+        """The daily limit of an account that pays beside the payer, before what its operator decided."""
+        site: int = settings.SITE_DAILY_TOKEN_LIMIT
         if account == SITE:
-            limit: int = settings.SITE_DAILY_TOKEN_LIMIT
-        elif account == ANONYMOUS:
-            limit = self._strangers_share(limits)
-        else:
-            # An account that PAYER added (a team's) has no profile of its own: the cap is its limit.
-            limit = limits.daily_token_limit if payer else hard_caps().daily_token_limit
-        row = self.accounts.get(account)
-        return limit if row is None or row.daily_token_limit is None else min(limit, row.daily_token_limit)
+            return site
+        if account == ANONYMOUS:
+            share: int | None = settings.ANONYMOUS_DAILY_TOKEN_LIMIT
+            return self._decided(SITE, site) // 5 if share is None else share
+        # One that PAYER added (a team's) has no profile of its own.
+        return hard_caps().daily_token_limit
 
-    def _strangers_share(self, limits: Limits) -> int:
-        share: int | None = settings.ANONYMOUS_DAILY_TOKEN_LIMIT
-        return self._budget(SITE, limits, payer=False) // 5 if share is None else share
+    def _decided(self, account: str, limit: int, day: date | None = None) -> int:
+        """``limit``, lowered by the account's row, and raised by what that grants for the day."""
+        row = self.accounts.get(account)
+        if row is None:
+            return limit
+        if row.daily_token_limit is not None:
+            limit = min(limit, row.daily_token_limit)
+        if row.extra_day and (extra := row.extra_on(day or today())):
+            # What is the code's to say, no grant lifts: the site's limit for what many share, the caps for others.
+            most = settings.SITE_DAILY_TOKEN_LIMIT if account in SHARED else hard_caps().daily_token_limit
+            limit = max(limit, min(limit + extra, most))
+        return limit
 
 
 def read_accounts(names: Collection[str]) -> dict[str, Account]:

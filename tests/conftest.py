@@ -145,9 +145,9 @@ def edit_profile(database: str) -> EditProfile:
 
 
 # Answers of any length: for stories of readers who stall, which fill every buffer on the way.
-_MOST = 10**9
-_CAPS = {"max_output_tokens": _MOST, "max_tokens_per_request": 2 * _MOST, "daily_token_limit": 2 * _MOST}
-GENEROUS = {"HARD_CAPS": _CAPS, "SITE_DAILY_TOKEN_LIMIT": 4 * _MOST}
+_MOST = 10**7
+_CAPS = {"max_output_tokens": _MOST, "max_tokens_per_request": 2 * _MOST, "daily_token_limit": 10**11}
+GENEROUS = {"HARD_CAPS": _CAPS, "SITE_DAILY_TOKEN_LIMIT": 10**12}
 
 
 @pytest.fixture

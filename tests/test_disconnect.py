@@ -383,7 +383,7 @@ def test_the_reader_leaves_while_the_server_waits_to_send_the_end(
     if message == b"event: usage":
         only(settled(), "completed", "reported", 13)
     else:
-        only(settled(), "upstream_error", "counted", HELLO_BOUND)
+        only(settled(), "upstream_error", "counted", HELLO_BOUND + IN_FLIGHT)
 
 
 @on_sqlite

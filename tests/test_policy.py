@@ -53,14 +53,19 @@ def test_an_operator_who_types_too_much_gets_the_caps(
         rate_window_seconds=1,
         max_concurrent_streams=1_000_000,
     )
-    body = {"messages": [{"role": "user", "content": "Hello!"}] * 30}
+    turns = [{"role": role, "content": "Hello!"} for role in ("user", "assistant")]
+    body = {"messages": [*turns * 15, turns[0]]}
     assert client.chat(body).status == 200
     sent = upstream.requests[0].json
-    assert (sent["max_tokens"], sent["temperature"], len(sent["messages"])) == (4096, 2, 20)
+    assert (sent["max_tokens"], sent["temperature"], len(sent["messages"])) == (
+        4096,
+        2,
+        19,
+    )  # of 20, the first is an answer
     assert client.usage()["dailyTokenLimit"] == 500_000
     large = {"messages": [{"role": "user", "content": "word " * 12_000}]}
     assert client.chat(large).json["code"] == "request_too_large"
-    assert settled()[0].tokens == 20 * 7 + 3 + 4096
+    assert settled()[0].tokens == 19 * (len("Hello!") + 8) + 64 + 4096
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), float("-inf"), -1, "1e9", None, True])

@@ -19,6 +19,7 @@ from chatnest.errors import UpstreamError
 from chatnest.models import Reservation
 from chatnest.provider.call import Call
 from chatnest.testing import CHUNK, FakeUpstream, Reply
+from chatnest.wires import Message
 
 from .benchmarks.processes import Serving, chatnest, url_of
 from .client import HELLO, Client, RawStream
@@ -168,18 +169,21 @@ def test_a_connection_whose_answer_was_left_is_not_used_again(serve: Any, upstre
 # One client for each event loop.
 
 
-async def read(call: Call) -> str:
-    await call.open(seconds=5)
-    while await call.read() is not None:
-        pass
-    call.close()
-    return call.text
+async def read() -> str:
+    """A call's answer, read as the pump reads it."""
+    call = Call("default", "gpt-4o-mini", [Message("user", "Hi")], max_tokens=9, temperature=None)
+    await call.open()
+    said = []
+    while (pieces := await call.read()) is not None:
+        said += [text for _, text in pieces]
+    await call.close()
+    return "".join(said)
 
 
 def test_each_loop_has_connections_of_its_own_and_closes_them_as_it_ends(upstream: FakeUpstream) -> None:
     for loops in (1, 2):
         with asyncio.Runner() as runner:
-            assert [runner.run(read(Call(b"{}"))) for _ in range(3)] == ["Hello world"] * 3
+            assert [runner.run(read()) for _ in range(3)] == ["Hello world"] * 3
             assert (upstream.connections_opened, upstream.open_connections) == (loops, 1)
         upstream.wait_for(lambda: upstream.open_connections == 0)
 
@@ -187,7 +191,7 @@ def test_each_loop_has_connections_of_its_own_and_closes_them_as_it_ends(upstrea
 def test_loops_in_several_threads_do_not_share_a_connection(upstream: FakeUpstream) -> None:
     upstream.replies(Reply("Hi", gate_after=0))
     answers: list[str] = []
-    threads = [threading.Thread(target=lambda: answers.append(asyncio.run(read(Call(b"{}"))))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: answers.append(asyncio.run(read()))) for _ in range(3)]
     for thread in threads:
         thread.start()
     upstream.wait_for_request(3)
@@ -219,7 +223,7 @@ def test_a_provider_that_speaks_http_2_is_asked_for_http_1(
         listening = threading.Thread(target=hear_hello)
         listening.start()
         with pytest.raises(UpstreamError):
-            asyncio.run(read(Call(b"{}")))
+            asyncio.run(read())
         listening.join()
     assert protocols_offered(hellos[0]) == [b"http/1.1"]
 
