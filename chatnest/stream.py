@@ -34,7 +34,7 @@ from .wires import Message, Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
 
-MAX_UNREAD: Final = 64 * 1024  # bytes of frames that wait for the reader; past that, the provider waits
+MAX_UNREAD: Final = 16 * 1024  # bytes of frames that wait for the reader; past that, the provider waits
 GRACE_SECONDS: Final = 1  # for [DONE], once nothing else is missing
 REPORT_SECONDS: Final = 5  # for a report of usage after the finish reason
 RETRY_SECONDS: Final = 0.5
