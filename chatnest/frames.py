@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-MAX_UNREAD: Final = 64 * 1024  # bytes; past that the provider waits
+MAX_UNREAD: Final = 16 * 1024  # bytes; past that the provider waits
 
 
 class Frames:
