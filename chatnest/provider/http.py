@@ -140,7 +140,9 @@ def _parsed(url: str) -> httpx2.URL:
 @cache
 def tls() -> ssl.SSLContext:
     """Python's defaults: the system's authorities, or those of SSL_CERT_FILE; names are checked."""
-    return ssl.create_default_context()
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 @lru_cache(maxsize=64)
