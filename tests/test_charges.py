@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,8 +168,8 @@ def test_an_empty_answer_does_not_prove_that_nothing_is_hidden(empty: Received) 
 def test_an_answer_far_above_its_allowance_teaches_that_there_is_none() -> None:
     limit = most_received(ALLOWANCE)
     assert limit == 516
-    assert lesson(HOLD, left(limit)) is None
-    assert taught(left(limit + 1)) == {"ignores_max_tokens": True, "reported": False}
+    assert lesson(HOLD, left(limit + 1)) is None, "tokenizers differ: who reads it decides when it is cut"
+    assert taught(replace(left(limit + 1), cut=True)) == {"ignores_max_tokens": True, "reported": False}
     assert taught(answered(limit + 1, usage(12, limit + 1))) == {"ignores_max_tokens": True}
 
 
@@ -248,7 +249,7 @@ def test_more_is_never_charged_less(hold: Hold, call: Received, more: int, calib
             )
             assert charge(hold, call, taught, unreported).total_tokens >= usual
     if report := call.report:
-        fuller = replace(
+        fuller = msgspec.structs.replace(
             report,
             prompt_tokens=report.prompt_tokens and report.prompt_tokens + more,
             completion_tokens=report.completion_tokens and report.completion_tokens + more,
