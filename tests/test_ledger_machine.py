@@ -67,7 +67,10 @@ Key = tuple[date, str]
 
 @dataclass(frozen=True)
 class Provider:
-    """Bills its prompt with a template that no bound of ours has, and what it wrote until it saw its reader leave."""
+    """Bills its prompt with a template that no bound of ours has, and what it wrote until it saw its reader leave.
+
+    ``template``: the most tokens of it. An answer that ends has some more than those of its text.
+    """
 
     name: str
     model: str
@@ -75,24 +78,25 @@ class Provider:
     shows_reasoning: bool
 
     def answer(
-        self, hold: Hold, text: int, reasoning: int, leaves_after: int | None, in_flight: int
+        self, hold: Hold, text: int, reasoning: int, leaves_after: int | None, more: int
     ) -> tuple[int, Received]:
-        """Its bill, and what was received."""
-        prompt = hold.prompt_tokens - hold.prompt_excess + self.template
+        """Its bill, and what was received. ``more``: how large the template is, and what is in flight or at the end."""
+        prompt = hold.prompt_tokens - hold.prompt_excess + more % (self.template + 1)
         reasoning = min(reasoning if self.shows_reasoning else 40, hold.output_tokens)
         text = min(text, hold.output_tokens - reasoning)
         shown = reasoning if self.shows_reasoning else 0
         if leaves_after is None or leaves_after > shown + text:
+            completion = reasoning + text + more % 3
             report = Report(
                 prompt_tokens=prompt,
-                completion_tokens=reasoning + text,
-                total_tokens=prompt + reasoning + text,
+                completion_tokens=completion,
+                total_tokens=prompt + completion,
                 reasoning_tokens=reasoning,
             )
-            return prompt + reasoning + text, Received(
+            return prompt + completion, Received(
                 billed=Billed.ANSWER, tokens=shown + text, reasoning_tokens=shown, ended=True, report=report
             )
-        written = min(reasoning - shown + leaves_after + in_flight, reasoning + text)
+        written = min(reasoning - shown + leaves_after + more, reasoning + text)
         return prompt + written, Received(billed=Billed.ANSWER, tokens=leaves_after)
 
 
@@ -481,9 +485,7 @@ class LedgerMachine(RuleBasedStateMachine):
             total_tokens=tokens,
         )
 
-    def to_answer(
-        self, which: int, text: int, reasoning: int, leaves_after: int | None, in_flight: int
-    ) -> Settle | None:
+    def to_answer(self, which: int, text: int, reasoning: int, leaves_after: int | None, more: int) -> Settle | None:
         """The provider answers, or is left; it is settled as the rule says."""
         known = [ask for ask in self.sent if ask.id in self.model.holds]
         if not known:
@@ -491,7 +493,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ask = known[-1 - which % len(known)]
         hold = ask.held(self.model.holds[ask.id].tokens - ask.prompt_tokens)
         provider = next(one for one in PROVIDERS if one.name == ask.provider)
-        bill, received = provider.answer(hold, text, reasoning, leaves_after, in_flight)
+        bill, received = provider.answer(hold, text, reasoning, leaves_after, more)
         learned = self.model.known((ask.provider, ask.model))
         settle = settlement(hold, Outcome.COMPLETED, received, learned)
         assert settle.total_tokens >= bill - max(0, provider.template - hold.prompt_excess)
