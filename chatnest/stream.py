@@ -333,8 +333,12 @@ class Chat:
         return self._settlement(outcome)
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
+        received = self._what_came()
+        # Who drains has a provider that bills an answer to its end: so where this end was not read.
+        unfinished = settings.ON_DISCONNECT == "drain" and not received.ended
+        unreported = "held" if unfinished else self._provider.unreported
         calibration = batcher.calibration(self.hold.provider, self.hold.model)
-        return settlement(self.hold, outcome, self._what_came(), calibration, self._provider.unreported)
+        return settlement(self.hold, outcome, received, calibration, unreported)
 
     def _what_came(self) -> Received:
         call = self._call
