@@ -174,7 +174,7 @@ def test_ending_it_settles_the_answers_that_are_being_written(tmp_path: Path) ->
             while True:
                 stream.next()
         query = "SELECT state, outcome, usage_source, tokens_charged > 0 FROM chatnest_reservation"
-        assert running.rows(query) == [("settled", "cancelled", "counted", 1)]
+        assert running.rows(query) == [("settled", "cancelled", "held", 1)]
         assert running.rows("SELECT sum(tokens_reserved) FROM chatnest_dailyusage") == [(0,)]
 
 

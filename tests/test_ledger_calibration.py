@@ -122,7 +122,7 @@ def test_a_settlement_by_the_hold_is_a_settlement_and_counts_once(database: str,
     """The charge of a lease or a stop awaits its settlement. Where that says the hold, nothing is awaited any more."""
     hold = do(ask())
     if before == "a stop":
-        do(Stop(id=hold.id, day=hold.day, accounts=list(hold.budgets)))
+        do(Stop(id=hold.id, day=hold.day, accounts=hold.accounts))
     elif before == "the end of its lease":
         clock.move(31)
         ledger.expire_overdue()

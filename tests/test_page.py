@@ -152,7 +152,7 @@ def test_the_profile_is_the_readers_choice(page: Page, upstream: FakeUpstream) -
 def test_a_provider_that_refuses_is_a_sentence_and_the_question_is_not_lost(page: Page, upstream: FakeUpstream) -> None:
     upstream.replies(Reply.refuse(401), Reply("Here I am."))
     send(page, "Are you there?")
-    error(page, "The AI model did not accept this request.")
+    error(page, "The chat is not set up correctly. Its operator has been told.")
     assert SECRET not in page.content()
     expect(page.get_by_label("Your message")).to_have_value("Are you there?")
     expect(page.locator(".message.user small")).to_have_text("not answered")
