@@ -123,7 +123,7 @@ def test_a_counter_that_somebody_changed_is_found_and_set_back(
 
 def test_a_lost_usage_row_is_made_again(open_hold: Hold, rows: Rows) -> None:
     def values() -> list[tuple[Any, ...]]:
-        return list(rows(DailyUsage).order_by("account").values_list("day", "account", *audit.FIELDS))
+        return list(rows(DailyUsage).order_by("account").values_list("day", "account", *audit.PROVEN))
 
     before = values()
     rows(DailyUsage).filter(account__in=["site", "team:7"]).delete()

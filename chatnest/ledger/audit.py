@@ -31,7 +31,7 @@ MANY: Final = 10_000  # accounts repaired in a transaction, which reads the day 
 GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may yet be settled
 
 # What is proven; of an account and day that were pruned, only the first two still can be.
-FIELDS: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
+PROVEN: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
 
 PRUNED: Final = Adjustment.Kind.PRUNED
 Progress = Callable[[str], object]
@@ -100,7 +100,7 @@ def _differences(day: date) -> list[Discrepancy]:
     proven: defaultdict[str, Counter[str]] = defaultdict(Counter)
     pruned: set[str] = set()
     for kind, name, *sums in _read(day):
-        counters = dict(zip(FIELDS, map(int, sums), strict=True))
+        counters = dict(zip(PROVEN, map(int, sums), strict=True))
         if kind == "stored":
             stored[name] = counters
             continue
@@ -111,15 +111,15 @@ def _differences(day: date) -> list[Discrepancy]:
     return [
         Discrepancy(day, account, field, was, computed)
         for account in sorted(stored.keys() | proven.keys())
-        for field in FIELDS[: 2 if account in pruned else None]
+        for field in PROVEN[: 2 if account in pruned else None]
         if (was := stored.get(account, {}).get(field, 0)) != (computed := proven[account][field])
     ]
 
 
 def _read(day: date) -> Iterator[tuple[Any, ...]]:
-    """A day's counters and the sums of its rows: a kind, the account (or the JSON of several), and FIELDS."""
+    """A day's counters and the sums of its rows: a kind, the account (or the JSON of several), and PROVEN."""
     nothing = Value(0)
-    stored = _all(DailyUsage, day=day).values_list(Value("stored", CharField()), "account", *FIELDS)
+    stored = _all(DailyUsage, day=day).values_list(Value("stored", CharField()), "account", *PROVEN)
     charged = (
         _all(Reservation, day=day)
         .values(kind=Value("charged", CharField()), name=Cast("accounts", TextField()))
@@ -198,7 +198,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
         delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens"))
     windows = _all(RateWindow, day__lt=before).filter(_passed())
     delete("rate_windows", windows, _delete(windows))
-    unused = _all(DailyUsage, day__lt=before, **dict.fromkeys(FIELDS, 0))
+    unused = _all(DailyUsage, day__lt=before, **dict.fromkeys(PROVEN, 0))
     delete("usage_rows", unused, _delete(unused.order_by("day", "account")))
     return Pruned(**deleted, skipped=tuple(skipped))
 
