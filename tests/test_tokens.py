@@ -21,7 +21,7 @@ from chatnest.conf import Provider
 from chatnest.tokens import ENCODINGS, TokenCounter, abound, bound, encoding_of, estimate, too_many_bytes
 from chatnest.wires import Message
 
-from .vendors import TEMPLATES, UNIGRAM, VENDORS, count, openai_count, prompt_count
+from .vendors import TEMPLATES, UNIGRAM, VENDORS, count, openai_count, prompt_count, streamed
 
 OPENAI = Provider(name="default")
 ELSEWHERE = Provider(name="llama", base_url="http://127.0.0.1:8080/v1")
@@ -439,6 +439,56 @@ def test_an_answer_within_its_allowance_is_not_taken_for_one_beyond(pieces: list
     for piece in pieces:
         counter.add(piece)
         assert not counter.exceeds(allowance + allowance // 4 + 16)
+
+
+# An answer of another vendor's model, of 0.27 (Hindi, Qwen) to 3 times (Amharic, Gemma) as many tokens as OpenAI's.
+SAID_ELSEWHERE = [
+    "It was the best of times, it was the worst of times, it was the age of wisdom. ",
+    "for (int i = 0; i < 10; i++) {\n    if (x[i] > y) {\n        return -1;\n    }\n}\n",
+    "| a | b |\n|---|---|\n| 1 | 2 |\n",
+    "人工智能技术正在改变我们的生活方式，越来越多的企业开始使用大语言模型来提高工作效率。",  # noqa: RUF001
+    "人工知能の技術は私たちの生活を変えつつあり、多くの企業が大規模言語モデルを使っている。",
+    "Правительство приняло решение о повышении международного сотрудничества в области образования. ",  # noqa: RUF001
+    "कृत्रिम बुद्धिमत्ता की तकनीक हमारे जीवन को बदल रही है। ",
+    "เทคโนโลยีปัญญาประดิษฐ์กำลังเปลี่ยนแปลงชีวิตของเรา ",
+    "טכנולוגיות הבינה המלאכותית משנות את חיינו. ",
+    "ሰው ሰራሽ የማሰብ ችሎታ ሕይወታችንን እየቀየረ ነው። ",
+]
+ELSEWHERES = ["llama3", "qwen3", "gemma3", "kimi_k2", "mistral_v3"]
+
+
+@pytest.mark.parametrize("text", SAID_ELSEWHERE, ids=range(len(SAID_ELSEWHERE)))
+@pytest.mark.parametrize("vendor", ELSEWHERES)
+def test_another_vendors_whole_answer_is_not_cut(vendor: str, text: str) -> None:
+    allowance = count(vendor, text * 40)
+    counter = TokenCounter("a-model", ELSEWHERE)
+    for piece in streamed(vendor, text * 40):
+        counter.add(piece)
+        assert not counter.exceeds(allowance + allowance // 4 + 16)
+
+
+@pytest.mark.parametrize("text", SAID_ELSEWHERE[:-1], ids=range(len(SAID_ELSEWHERE) - 1))
+@pytest.mark.parametrize("vendor", ELSEWHERES)
+def test_another_vendors_endless_answer_is_cut(vendor: str, text: str) -> None:
+    """But where most characters are several tokens each, which nobody sees: Amharic."""
+    answer = streamed(vendor, text * 40)
+    counter, received = TokenCounter("a-model", ELSEWHERE), 0
+    while not counter.exceeds(len(answer)):
+        counter.add(answer[received % len(answer)])
+        received += 1
+    assert received <= 1.25 * len(answer) + TokenCounter.LEAST
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 4, 7, 50])
+@pytest.mark.parametrize("word", [" word", " a"])
+def test_words_that_come_in_bunches_are_no_tokens(words: int, word: str) -> None:
+    """Four short ones were taken for one, and an answer of 1,600 tokens for one of 400."""
+    limit = 516
+    counter, received = TokenCounter("a-model", ELSEWHERE), 0
+    while not counter.exceeds(limit):
+        counter.add(word * words)
+        received += words
+    assert limit < received <= limit + TokenCounter.LEAST + words
 
 
 PIECES = ["a", "aaaa", " the", "好", "a" * 1_000_000, ""]

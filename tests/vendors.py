@@ -45,6 +45,13 @@ def prompt_count(vendor: str, messages: Sequence[Message]) -> int:
     return len(_vocabulary(vendor).encode_with_special(_normalized(vendor, rendered)))
 
 
+def streamed(vendor: str, text: str) -> list[str]:
+    """``text`` as a server streams it, a token at a time: a piece ends where a character does."""
+    decoder = _vocabulary(vendor).streaming_decoder()
+    pieces = [decoder.add_token(token) for token in _vocabulary(vendor).encode_ordinary(_normalized(vendor, text))]
+    return [piece for piece in [*pieces, decoder.flush()] if piece]
+
+
 @cache
 def _encode(vendor: str) -> Callable[[str], Sequence[int]]:
     if vendor == UNIGRAM:
