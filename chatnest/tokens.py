@@ -110,14 +110,15 @@ class TokenCounter:
 
     SLICE: Final = 2048
     LEAST: Final = 64
-    TOKEN: Final = 16  # bytes: in no language is the average token longer
+    TOKEN: Final = 24  # bytes: in no language is the average token longer, and digits or code are not language
 
-    __slots__ = ("_count", "_counted", "_is_exact", "_look_at", "_text", "bytes", "pieces", "spaces")
+    __slots__ = ("_count", "_counted", "_is_ascii", "_is_exact", "_look_at", "_text", "bytes", "pieces", "spaces")
 
     def __init__(self, model: str, provider: Provider) -> None:
         encoding = encoding_of(model, provider)
         self._count: Callable[[str], int] = (encoding and _tokenizer(encoding)) or _guess
         self._is_exact = self._count is not _guess
+        self._is_ascii = True
         self._counted = 0
         self._text = bytearray()  # not counted yet
         self.pieces = 0
@@ -137,6 +138,7 @@ class TokenCounter:
         self.pieces += 1
         self.bytes += len(piece)
         self.spaces += piece.count(b" ")
+        self._is_ascii = self._is_ascii and text.isascii()
         self._text += piece
         if len(self._text) >= self.SLICE:
             self._slice()
@@ -172,12 +174,12 @@ class TokenCounter:
         """Neither single letters, nor several tokens each: a token begins with a space, or has none.
 
         Where text has no spaces, by its length: no vendor's tokens are worth four of OpenAI's (Gemma's are three, in
-        Amharic).
+        Amharic), but for numbers, which some keep whole and OpenAI cuts in threes.
         """
         return (
             2 * self.pieces <= self.bytes <= self.TOKEN * self.pieces
             and self.spaces <= self.pieces
-            and self._counted <= 4 * self.pieces
+            and self._counted <= (8 if self._is_ascii else 4) * self.pieces
         )
 
     def _slice(self) -> None:
