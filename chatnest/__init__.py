@@ -6,6 +6,7 @@ The path of a request, in the order of the files to read:
     accounts      who pays: user, address, all strangers, site
     wires         what the client asked for
     policy        the operators' profile and account rows, in force
+    refusals      who was refused is so again without work, and counted
     limits        clamped by the code's HARD_CAPS, tightened by the request
     slots         a place in this process, of which strangers hold at most half
     conversation  the newest turns that fit, as every model takes them

@@ -19,7 +19,7 @@ from django.utils.translation import gettext_lazy as _
 from .accounts import SHARED, canonical
 from .conf import provider_names, today
 from .limits import FIELDS, clamp, hard_caps
-from .models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Reservation
+from .models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Refusal, Reservation
 from .policy import DailyLimit, Policy
 
 
@@ -209,6 +209,14 @@ class ReservationAdmin(LedgerAdmin):
     )
     list_filter = ("state", "outcome", "usage_source", "profile")
     search_fields = ("payer", "id")
+
+
+@admin.register(Refusal)
+class RefusalAdmin(LedgerAdmin):
+    list_display = ("day", "account", "code", "count", "last_at", "last_detail")
+    list_filter = ("code",)
+    date_hierarchy = "day"
+    search_fields = ("account",)
 
 
 @admin.register(Calibration)

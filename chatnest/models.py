@@ -358,6 +358,26 @@ class Reservation(models.Model):
         return self.state == self.State.OPEN and self.expires_at <= now
 
 
+class Refusal(models.Model):
+    """How often an account was refused on a day, and why. Summed in memory and written now and then: not exact."""
+
+    day = models.DateField()
+    account = models.CharField(max_length=ACCOUNT_LENGTH)
+    code = models.CharField(max_length=50)
+    count = models.PositiveBigIntegerField(default=0)
+    last_at = models.DateTimeField()
+    last_detail = models.CharField(max_length=200, blank=True, default="")
+
+    class Meta:
+        ordering = ["-last_at"]
+        constraints = [
+            models.UniqueConstraint(fields=["day", "account", "code"], name="chatnest_one_refusal_a_day_and_code")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.account} on {self.day}: {self.code}"
+
+
 class Calibration(models.Model):
     """What the reports of one model have taught about it. To forget it, delete the row."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -31,6 +31,7 @@ from .ledger import Reserve
 from .ledger.batcher import batcher
 from .limits import profile_name
 from .policy import Terms
+from .refusals import refusals
 from .slots import StreamSlot
 from .stream import Chat, ChatStream
 from .tokens import abound
@@ -100,15 +101,25 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
     if not isinstance(request, ASGIRequest):
         raise RuntimeError("chatnest streams need an ASGI server, such as uvicorn; this is WSGI.")
     accounts = await charged(request)
+    try:
+        return EventStreamResponse(await begin(request, accounts))
+    except ChatError as refusal:
+        refusals.note(accounts[0], refusal)
+        raise
+
+
+async def begin(request: HttpRequest, accounts: Sequence[str]) -> ChatStream:
+    """The stream that these accounts pay for, if they may have one. Raises ChatError."""
     asked = chatnest.parse(read_body(request))
     terms = (await batcher.policy(accounts)).terms(accounts, asked.profile, asked)
+    if refusal := refusals.recall(terms):
+        raise refusal
     slot = StreamSlot.acquire(stranger=is_stranger(accounts[0]))
     try:
-        stream = await open_stream(asked, terms, slot)
+        return await open_stream(asked, terms, slot)
     except BaseException:
         slot.release()
         raise
-    return EventStreamResponse(stream)
 
 
 @endpoint("GET", "HEAD")
@@ -158,7 +169,11 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
     )
     bound = await abound(window.messages, terms.model, provider(terms.provider))
     ask = reservation(terms, bound)
-    hold = await batcher.reserve(ask)
+    try:
+        hold = await batcher.reserve(ask)
+    except ChatError as refusal:
+        refusals.remember(terms, refusal)
+        raise
     return ChatStream(
         Chat(ask, hold, window.messages, temperature=limits.temperature, dropped=window.dropped, slot=slot)
     )

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_MODEL, DEFAULT_PROFILES
 from chatnest.models import Calibration, Profile, Reservation
+from chatnest.refusals import refusals
 from chatnest.testing import FakeUpstream
 from project.asgi import application
 
@@ -50,6 +51,7 @@ def database(request: pytest.FixtureRequest, configure: Configure) -> Iterator[s
     """The alias of the database that the ledger lives in; each test that asks for it runs on both."""
     configure(DATABASE_ALIAS=request.param)
     batcher.forget_policy(calibrations=True)
+    refusals.clear()
     yield request.param
     batcher.close()
 

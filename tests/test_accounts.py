@@ -15,7 +15,9 @@ from django.contrib.auth.models import User
 from django.core.exceptions import PermissionDenied
 from django.db import connections
 from django.test import Client as DjangoClient
+from freezegun import freeze_time
 
+from chatnest import conf
 from chatnest.models import Account, DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
@@ -594,6 +596,53 @@ def test_the_lowest_of_profile_account_and_request_is_in_force(client: Client) -
     Account.objects.create(name="ip:127.0.0.1", daily_token_limit=5000)
     assert client.chat({**HELLO, "dailyTokenLimit": 6000}).data("usage")["remainingToday"] == 5000 - 14
     assert client.chat({**HELLO, "dailyTokenLimit": 4000}).data("usage")["remainingToday"] == 4000 - 28
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("row", "asked", "limit"),
+    [
+        ({}, {}, 70_000 + 1000),
+        ({"daily_token_limit": 500}, {}, 1500),
+        ({"daily_token_limit": 0}, {}, 1000),
+        ({"extra_tokens": 10**12}, {}, 500_000),  # HARD_CAPS
+        ({}, {"dailyTokenLimit": 70_500}, 70_500),  # a client may only tighten, the granted too
+        ({}, {"dailyTokenLimit": 80_000}, 71_000),
+        ({"extra_day": "2026-11-24"}, {}, 70_000),
+        ({"extra_day": "2026-11-26"}, {}, 70_000),
+    ],
+    ids=str,
+)
+def test_an_operator_may_grant_more_for_one_day(
+    client: Client, ada: User, configure: Configure, row: dict[str, Any], asked: dict[str, Any], limit: int
+) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=10**9)
+    with freeze_time("2026-11-25 12:00:00", tick=True):
+        edit_account(f"user:{ada.pk}", **{"extra_tokens": 1000, "extra_day": "2026-11-25", **row})
+        answer = client.chat({**HELLO, **asked}, **log_in(ada))
+    assert answer.data("usage")["remainingToday"] == limit - 14
+
+
+@on_sqlite
+def test_a_grant_is_over_at_midnight(client: Client, configure: Configure) -> None:
+    configure(TIME_ZONE="Europe/Berlin")
+    with freeze_time("2026-11-25 22:59:50", tick=True) as clock:
+        edit_account("ip:127.0.0.1", daily_token_limit=0, extra_tokens=1000, extra_day="2026-11-25")
+        assert client.chat().status == 200
+        clock.move_to("2026-11-25 23:00:00")
+        assert client.chat().json["code"] == "daily_budget_exceeded"
+
+
+@on_sqlite
+def test_what_many_share_is_granted_no_more_than_the_site_has(client: Client, configure: Configure) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=1000)
+    today = conf.today()
+    edit_account("site", daily_token_limit=500, extra_tokens=10**9, extra_day=today)
+    assert client.usage()["remainingToday"] == 200, "a fifth of 1,000"
+    edit_account("anonymous", daily_token_limit=100, extra_tokens=50, extra_day=today)
+    assert client.usage()["remainingToday"] == 150
+    edit_account("anonymous", extra_tokens=10**9)
+    assert client.usage()["remainingToday"] == 1000
 
 
 def test_pausing_ends_the_answers_that_are_being_written(

@@ -23,7 +23,7 @@ FLOORS = [
     {"models"},
     {"policy"},
     {"ledger"},
-    {"stream"},
+    {"refusals", "stream"},
     {"asgi"},
     {"views", "urls"},
 ]
