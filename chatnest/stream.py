@@ -99,6 +99,7 @@ class Chat:
         self._received = TokenCounter(hold.model, self._provider)
         self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
         self._cut = False  # at its allowance, which the provider ignored
+        self._behind = False  # its reader is waited for, while the provider may write on
         self._timer: asyncio.TimerHandle | None = None
         self._why: Exception | None = None  # the pump was interrupted
         self._settled = False
@@ -186,8 +187,10 @@ class Chat:
                 if self._received.exceeds(limit):
                     self._cut = True
                     return await call.close()
+                self._behind = True
                 if await self._frames.room():
                     self._heard = self._loop.time()
+                self._behind = False
         except asyncio.CancelledError:
             if self._why is None:
                 raise
@@ -350,6 +353,7 @@ class Chat:
             reasoning_tokens=self._reasoning.total(),
             ended=call.answer.ended,
             cut=self._cut,
+            behind=self._behind,
             report=call.answer.report,
             report_is_last=call.answer.report_is_whole,
         )

@@ -106,6 +106,11 @@ def test_what_may_be_in_flight_is_within_the_hold_and_what_was_received_need_not
     assert parts(charge(HOLD, left(450))) == ("counted", PROMPT, 458, PROMPT + 458)
 
 
+def test_an_answer_whose_reader_held_it_back_is_charged_the_hold_for_more_may_be_on_the_way() -> None:
+    assert parts(charge(HOLD, left(100, behind=True), known())) == ("held", PROMPT, ALLOWANCE, PROMPT + ALLOWANCE)
+    assert charge(HOLD, left(450, behind=True), known()).total_tokens == PROMPT + 458
+
+
 @pytest.mark.parametrize("calibration", [None, known(reports=0), known(reasons_unseen=True)])
 def test_reports_that_do_not_show_everything_leave_the_hold(calibration: Calibration | None) -> None:
     assert parts(charge(HOLD, left(100), calibration)) == ("held", PROMPT, ALLOWANCE, PROMPT + ALLOWANCE)
@@ -189,6 +194,7 @@ calls = st.builds(
     billed=st.sampled_from([Billed.ANSWER, Billed.ANSWER, Billed.PROMPT]),
     tokens=few,
     ended=st.booleans(),
+    behind=st.booleans(),
     report=st.none() | reports,
     report_is_last=st.booleans(),
 )

@@ -172,7 +172,7 @@ def test_no_answer_goes_on_for_ever_even_if_nobody_reads_it(
         stream.until("token")
         upstream.wait_for_disconnect()
         (row,) = settled()
-    assert (row.outcome, row.usage_source) == ("timed_out", "counted")
+    assert (row.outcome, row.usage_source) == ("timed_out", "held")
 
 
 @pytest.mark.usefixtures("generous")

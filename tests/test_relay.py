@@ -92,7 +92,7 @@ def test_a_stream_whose_reader_stalls_ends_in_time_and_leaves_nothing_behind(
         assert server.serves(reader.socket)
         upstream.wait_for_disconnect()
         row = next(row for row in settled() if row.payer == "ip:10.0.0.0")
-        assert (row.outcome, row.usage_source) == ("timed_out", "counted")
+        assert (row.outcome, row.usage_source) == ("timed_out", "held")
         assert row.tokens_charged > 0
         eventually(lambda: server.inside()["tasks"] == tasks)
     assert "Traceback" not in server.log.read_text()

@@ -40,8 +40,8 @@ class Received:
 
     ``tokens``: everything that came, as text, reasoning, refusal or arguments of tools; ``reasoning_tokens``: of
     these, the visible reasoning. ``ended``: it was read to the end that the provider gave it;
-    ``cut``: not to its end, for it went on past its allowance. ``report_is_last``:
-    no output followed the report.
+    ``cut``: not to its end, for it went on past its allowance. ``behind``: its reader held it back, so that any number
+    of tokens may be on the way. ``report_is_last``: no output followed the report.
     """
 
     billed: Billed
@@ -49,6 +49,7 @@ class Received:
     reasoning_tokens: int = 0
     ended: bool = False
     cut: bool = False
+    behind: bool = False
     report: Report | None = None
     report_is_last: bool = True
 
@@ -132,7 +133,7 @@ def _unreported(hold: Hold, received: Received, calibration: Calibration | None,
     # The allowance bounds what is billed by a model that keeps to it, and by no other.
     if received.tokens <= allowance and not (calibration and calibration.ignores_max_tokens):
         shown = min(shown, allowance)
-    if learned and calibration and calibration.bills_what_it_shows:
+    if learned and not received.behind and calibration and calibration.bills_what_it_shows:
         return _sum(UsageSource.COUNTED, hold.prompt_tokens, shown)
     return _sum(
         UsageSource.COUNTED if shown > allowance else UsageSource.HELD, hold.prompt_tokens, max(shown, allowance)
