@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -46,7 +47,7 @@ class Call:
     """``open`` it, ``read`` until None, ``close`` it; by one task only. ``max_tokens``: the answer's allowance.
 
     ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: in how many seconds the same may then be
-    asked again, or None.
+    asked again, or None. Raises ImproperlyConfigured.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Call:
                 raise Overloaded(retry_after=1) from None
             return self._unreachable(error.__cause__ or error, time.monotonic() - began)
         except Exception as error:  # a CLIENT that cannot be made, a key that no header may hold
-            words = failures.printable(repr(error), failures.LOGGED_CHARACTERS)
+            if self._body.sent:
+                return self._unreachable(error, time.monotonic() - began)
+            words = _words(error)
             return Failure(error=UpstreamMisconfigured(), cause="the client", words=words, retry=False, wait=None)
         self._response = response
         encoded = response.headers.get("content-encoding", "identity") != "identity"
@@ -110,10 +113,11 @@ class Call:
 
     def _options(self) -> Any:
         headers = {**_HEADERS, "Content-Length": str(len(self._body.data))}
-        if not (self._provider.api_key or self._provider.client):
+        keyless = not (self._provider.api_key or self._provider.client)
+        if keyless and "authorization" not in map(str.lower, self._provider.headers):
             headers["Authorization"] = Omit()  # a local server wants none, and the package wants that said
         # Every option is said, or the package copies its defaults.
-        return {"headers": headers, "timeout": _TIMEOUT, "max_retries": 0, "params": {}}
+        return {"headers": headers, "timeout": _TIMEOUT, "max_retries": 0, "params": {}, "follow_redirects": False}
 
     def _unreachable(self, error: BaseException, seconds: float) -> Failure:
         problem = UpstreamUnavailable()
@@ -123,7 +127,7 @@ class Call:
         return Failure(
             error=problem,
             cause=cause,
-            words=failures.printable(repr(error), failures.LOGGED_CHARACTERS),
+            words=_words(error),
             retry=retry,
             wait=None,
         )
@@ -148,9 +152,7 @@ class Call:
             received = await self._next()
         except Exception as error:  # of whatever transport the site's client has
             if not self.answer.may_end:
-                logger.warning(
-                    "The provider broke off: %s", failures.printable(repr(error), failures.LOGGED_CHARACTERS)
-                )
+                logger.warning("The provider broke off: %s", _words(error))
             return self.answer.end(cut=True)
         return self.answer.feed(received) if received else self.answer.end()
 
@@ -198,6 +200,14 @@ class Call:
 
 _told: Final[dict[tuple[str, ...], float]] = {}  # until when the operator need not be told again
 _without_stream_options: Final[set[tuple[str, str]]] = set()
+
+
+def _words(error: BaseException) -> str:
+    """An exception's, without the credentials of a proxy that it may name."""
+    return failures.printable(_CREDENTIALS.sub("//", repr(error)), failures.LOGGED_CHARACTERS)
+
+
+_CREDENTIALS: Final = re.compile(r"//[^/@\s]*@")
 
 
 def _key(provider: Provider) -> tuple[str, str]:
