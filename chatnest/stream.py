@@ -240,8 +240,8 @@ class Chat:
 
     def _take(self, call: Call, pieces: list[Piece]) -> None:
         frames = []
+        self._received.add("".join([text for _, text in pieces]), len(pieces))
         for kind, text in pieces:
-            self._received.add(text)
             if kind is Kind.TEXT:
                 frames.append(chatnest.token(text))
             elif kind is Kind.REASONING:

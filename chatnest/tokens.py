@@ -126,20 +126,16 @@ class TokenCounter:
         self.spaces = 0
         self._look_at = 0  # bytes: fewer cannot exceed what was asked about
 
-    def add(self, text: str) -> None:
-        """Count a piece: visible text, reasoning, a refusal, arguments of a tool."""
+    def add(self, text: str, pieces: int = 1) -> None:
+        """Count the text of so many pieces: visible text, reasoning, a refusal, arguments of a tool."""
         if not text:
             return
-        if len(text) > self.SLICE:  # not from a model that streams
-            for start in range(0, len(text), self.SLICE):
-                self.add(text[start : start + self.SLICE])
-            return
-        piece = text.encode("utf-8", "surrogatepass")
-        self.pieces += 1
-        self.bytes += len(piece)
-        self.spaces += piece.count(b" ")
+        received = text.encode("utf-8", "surrogatepass")
+        self.pieces += pieces
+        self.bytes += len(received)
+        self.spaces += received.count(b" ")
         self._is_ascii = self._is_ascii and text.isascii()
-        self._text += piece
+        self._text += received
         if len(self._text) >= self.SLICE:
             self._slice()
 
@@ -187,7 +183,8 @@ class TokenCounter:
         self._text.clear()
 
     def _uncounted(self) -> int:
-        return self._count(self._text.decode("utf-8", "surrogatepass"))
+        text = self._text.decode("utf-8", "surrogatepass")
+        return sum(self._count(text[start : start + self.SLICE]) for start in range(0, len(text), self.SLICE))
 
 
 def warm_up() -> None:

@@ -157,7 +157,8 @@ class Answer:
             self._fail(chunk.error)
         for choice in chunk.choices or ():
             self._take_choice(choice, pieces)
-        self._report(chunk.usage)
+        if chunk.usage:
+            self._report(chunk.usage)
         if chunk.x_groq:
             self._report(chunk.x_groq.usage)
 
@@ -178,7 +179,8 @@ class Answer:
             if reason in _FAILURES:
                 self._fail(f"finish reason {reason}")
             self.finish_reason = _FINISH_REASONS.get(reason, "stop")
-        self._report(choice.usage)
+        if choice.usage:
+            self._report(choice.usage)
 
     def _report(self, usage: Usage | None) -> None:
         if usage and usage.says_something:
