@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, Self
 
-from .conf import provider, settings
+from .conf import settings
 from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
 from .ledger import Hold, Reserve, Settle, new_id, today
 from .ledger.batcher import batcher
@@ -376,7 +376,8 @@ class Chat:
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
         calibration = batcher.calibration(self.hold.provider, self.hold.model)
-        return settlement(self.hold, outcome, self._what_came(), calibration, provider(self.hold.provider).unreported)
+        unreported = self._call.unreported if self._call else "learned"
+        return settlement(self.hold, outcome, self._what_came(), calibration, unreported)
 
     def _what_came(self) -> Received:
         call = self._call

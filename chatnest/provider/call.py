@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from .http import CONNECT_SECONDS, Body
 logger = logging.getLogger("chatnest.upstream")
 
 LINGER_SECONDS: Final = 1  # for the last bytes of an answer whose end is known: then its connection can be used again
+MAX_LINGER_BYTES: Final = 64 * 1024
 POOL_SECONDS: Final = 1  # for a place in the pool of a client that the site made
 RETRY_WITHIN_SECONDS: Final = 5  # a connection that breaks later may have had the whole work done for it
 REPEAT_SECONDS: Final = 60  # between two lines about the same fault of the operator's
@@ -45,13 +47,14 @@ class Call:
     """``open`` it, ``read`` until None, ``close`` it; by one task only. ``max_tokens``: the answer's allowance.
 
     ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: in how many seconds the same may then be
-    asked again, or None.
+    asked again, or None. ``unreported``: what its provider bills where it does not report. Raises ImproperlyConfigured.
     """
 
     def __init__(
         self, provider_name: str, model: str, messages: Sequence[Message], *, max_tokens: int, temperature: float | None
     ) -> None:
         self._provider = provider(provider_name)
+        self.unreported = self._provider.unreported
         self._model = model
         self._request = _request(self._provider, model, messages, max_tokens, temperature)
         self._body = Body(b"")
@@ -100,8 +103,9 @@ class Call:
                 raise Overloaded(retry_after=1) from None
             return self._unreachable(error.__cause__ or error, time.monotonic() - began)
         except Exception as error:  # a CLIENT that cannot be made, a key that no header may hold
-            words = failures.printable(repr(error), failures.LOGGED_CHARACTERS)
-            return Failure(error=UpstreamMisconfigured(), cause="the client", words=words, retry=False, wait=None)
+            if self._body.sent:
+                return self._unreachable(error, time.monotonic() - began)
+            return Failure(UpstreamMisconfigured(), "the client", _words(error))
         self._response = response
         encoded = response.headers.get("content-encoding", "identity") != "identity"
         self._received = response.aiter_bytes() if encoded else aiter(response.stream)
@@ -109,23 +113,18 @@ class Call:
 
     def _options(self) -> Any:
         headers = {**_HEADERS, "Content-Length": str(len(self._body.data))}
-        if not (self._provider.api_key or self._provider.client):
+        keyless = not (self._provider.api_key or self._provider.client)
+        if keyless and "authorization" not in map(str.lower, self._provider.headers):
             headers["Authorization"] = Omit()  # a local server wants none, and the package wants that said
         # Every option is said, or the package copies its defaults.
-        return {"headers": headers, "timeout": _TIMEOUT, "max_retries": 0, "params": {}}
+        return {"headers": headers, "timeout": _TIMEOUT, "max_retries": 0, "params": {}, "follow_redirects": False}
 
     def _unreachable(self, error: BaseException, seconds: float) -> Failure:
         problem = UpstreamUnavailable()
         problem.billed = self._body.sent
         retry = not problem.billed or seconds < RETRY_WITHIN_SECONDS
         cause = "the connection broke" if problem.billed else "no connection could be made"
-        return Failure(
-            error=problem,
-            cause=cause,
-            words=failures.printable(repr(error), failures.LOGGED_CHARACTERS),
-            retry=retry,
-            wait=None,
-        )
+        return Failure(problem, cause, _words(error), retry=retry)
 
     async def read(self) -> list[Piece] | None:
         """What has come since, perhaps nothing; None at the end. Raises UpstreamError where the answer has failed."""
@@ -146,9 +145,7 @@ class Call:
             received = await self._next()
         except Exception as error:  # of whatever transport the site's client has
             if not self.answer.may_end:
-                logger.warning(
-                    "The provider broke off: %s", failures.printable(repr(error), failures.LOGGED_CHARACTERS)
-                )
+                logger.warning("The provider broke off: %s", _words(error))
             return self.answer.end(cut=True)
         return self.answer.feed(received) if received else self.answer.end()
 
@@ -173,8 +170,9 @@ class Call:
     async def _read_out(self) -> None:
         with suppress(Exception):
             async with asyncio.timeout(LINGER_SECONDS):
-                while await self._next():
-                    pass
+                left = MAX_LINGER_BYTES
+                while left > 0 and (received := await self._next()):
+                    left -= len(received)
 
     def _logged(self, failure: Failure) -> UpstreamError:
         """The provider's words go to the log, and nowhere else."""
@@ -194,6 +192,14 @@ class Call:
 
 _told: Final[dict[tuple[str, ...], float]] = {}  # until when the operator need not be told again
 _without_stream_options: Final[set[tuple[str, str]]] = set()
+
+
+def _words(error: BaseException) -> str:
+    """For the log: some errors name an address, and a proxy's may hold a password."""
+    return failures.printable(_CREDENTIALS.sub("//", repr(error)), failures.LOGGED_CHARACTERS)
+
+
+_CREDENTIALS: Final = re.compile(r"//[^/@\s]*@")
 
 
 def _key(provider: Provider) -> tuple[str, str]:

@@ -35,7 +35,7 @@ class Client(AsyncOpenAI):
         super().__init__(
             api_key=_awaitable(provider.api_key) or "none",  # it wants one; ``Call`` leaves the header out
             base_url=urlunsplit(parts._replace(query="")),
-            default_query={**dict(parse_qsl(parts.query)), **provider.query},
+            default_query={**dict(parse_qsl(parts.query, keep_blank_values=True)), **provider.query},
             max_retries=0,
             http_client=http_client,
         )

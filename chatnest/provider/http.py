@@ -11,9 +11,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any, Final
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -60,6 +63,7 @@ class HTTPClient(httpx2.AsyncClient):
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             read_bufsize=MAX_BUFFERED,
         )
+        self._proxy = lru_cache(maxsize=64)(_proxy)  # the environment as this client found it
 
     def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:
         if params := given.get("params"):
@@ -76,13 +80,14 @@ class HTTPClient(httpx2.AsyncClient):
                 headers=request.headers.multi_items(),
                 data=request.extensions["body"],
                 allow_redirects=False,  # the key is for this host only
-                proxy=_proxy(request.url.scheme, request.url.host),
+                proxy=self._proxy(request.url.scheme, request.url.netloc.decode()),
             )
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise httpx2.ConnectError(str(error) or repr(error), request=request) from error
-        return httpx2.Response(
-            response.status, headers=response.raw_headers, stream=_Received(response, request), request=request
-        )
+        headers = response.raw_headers
+        if response.status >= 300:  # its words are unpacked here
+            headers = tuple(header for header in headers if header[0].lower() != b"content-encoding")
+        return httpx2.Response(response.status, headers=headers, stream=_Received(response, request), request=request)
 
     async def aclose(self) -> None:
         await self._session.close()
@@ -118,9 +123,9 @@ class _Received(httpx2.AsyncByteStream):
             async with asyncio.timeout(REFUSAL_SECONDS):
                 while len(said) < MAX_REFUSAL_BYTES and (more := await self._response.content.readany()):
                     said += more
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, OSError):
             pass  # the status is what counts
-        return said
+        return _unpacked(said)[:MAX_REFUSAL_BYTES]
 
     async def aclose(self) -> None:
         connection = self._response.connection  # None once the body was read to its end: it is kept
@@ -140,14 +145,21 @@ def tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-@lru_cache(maxsize=64)
-def _proxy(scheme: str, host: str) -> str | None:
-    """The proxy that the environment names (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), as the process found it."""
-    named = _proxies().get(scheme)
-    if not named or proxy_bypass(host):
+def _proxy(scheme: str, netloc: str) -> str | None:
+    """The proxy that the environment names: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY."""
+    proxies = getproxies()
+    named = proxies.get(scheme) or proxies.get("all")
+    if not named or proxy_bypass(netloc):
         return None
-    return named if "://" in named else f"http://{named}"
+    if "://" not in named:
+        return f"http://{named}"
+    if not named.startswith(("http://", "https://")):
+        raise ValueError(f"a proxy that is no HTTP proxy needs a CLIENT in PROVIDERS: {urlsplit(named).scheme}")
+    return named
 
 
-def _proxies() -> Mapping[str, str]:
-    return getproxies()
+def _unpacked(said: bytes) -> bytes:
+    """From gzip or deflate, though neither was asked for; a small packet may hold gigabytes."""
+    with suppress(zlib.error):
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(said, MAX_REFUSAL_BYTES)
+    return said
