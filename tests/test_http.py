@@ -126,7 +126,6 @@ def play(loop_factory: Callable[[], asyncio.AbstractEventLoop], configure: Confi
 
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(whole())
-        gc.collect()  # what was left open complains
 
     return play
 
@@ -208,7 +207,7 @@ def test_an_answer_in_any_frame_is_read_to_its_end(play: Play, script: list[byte
         [OK + b"Content-Length: many\r\n\r\n"],
         [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"],
         [OK + b"Transfer-Encoding: chunked\r\n\r\nfive\r\nhello\r\n"],
-        [OK + b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello"],
+        [OK + b"Content-Encoding: gzip\r\nContent-Length: 50\r\n\r\nhello"],
         [OK + b"Content-Length: 50\r\n\r\nhello", None],
         [CHUNKED + chunk(b"hello"), None],
     ],
@@ -338,8 +337,8 @@ def test_a_redirect_is_not_followed(play: Play, status: int) -> None:
 def kept() -> int:
     """How many connections wait for a request."""
     made, _ = clients._clients[asyncio.get_running_loop()]
-    assert made._http_client
-    return sum(map(len, made._http_client._session.connector._conns.values()))  # type: ignore[union-attr]
+    waiting = made._http_client._session.connector._conns.values()  # type: ignore[union-attr]
+    return sum(protocol.is_connected() for connections in waiting for protocol, _ in connections)
 
 
 def test_a_connection_is_kept_for_the_next_request(play: Play) -> None:
@@ -415,10 +414,10 @@ def test_a_connection_whose_answer_was_left_is_not_used_again(play: Play) -> Non
     play(story)
 
 
-@pytest.mark.parametrize("end", [None, b"HTTP/1.1 408 Request Timeout\r\n\r\n"], ids=["closed", "says more"])
-def test_a_kept_connection_that_the_provider_ended_is_not_used(play: Play, end: bytes | None) -> None:
+@pytest.mark.parametrize("end", [[None], [b"HTTP/1.1 408 Request Timeout\r\n\r\n", None]], ids=["closed", "says why"])
+def test_a_kept_connection_that_the_provider_ended_is_not_used(play: Play, end: list[bytes | None]) -> None:
     async def story(provider: Provider) -> None:
-        provider.answers(ANSWER, WAIT, end)
+        provider.answers(ANSWER, WAIT, *end)
         provider.answers(ANSWER)
         assert await ask() == "Hi"
         assert kept() == 1
@@ -718,7 +717,7 @@ def test_the_environments_proxy_is_asked_for_a_provider_without_tls(
         assert await ask() == "Hi"
         (head,) = proxy.heads
         assert head.startswith(b"POST http://model.example:8000/v1/chat/completions HTTP/1.1\r\n")
-        assert b"\r\nhost: model.example:8000\r\n" in head
+        assert b"\r\nhost: model.example:8000\r\n" in head.lower()
         assert CREDENTIALS in head.lower()
 
     play(story)

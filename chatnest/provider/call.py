@@ -104,8 +104,7 @@ class Call:
         except Exception as error:  # a CLIENT that cannot be made, a key that no header may hold
             if self._body.sent:
                 return self._unreachable(error, time.monotonic() - began)
-            words = _words(error)
-            return Failure(error=UpstreamMisconfigured(), cause="the client", words=words, retry=False, wait=None)
+            return Failure(UpstreamMisconfigured(), "the client", _words(error))
         self._response = response
         encoded = response.headers.get("content-encoding", "identity") != "identity"
         self._received = response.aiter_bytes() if encoded else aiter(response.stream)
@@ -124,13 +123,7 @@ class Call:
         problem.billed = self._body.sent
         retry = not problem.billed or seconds < RETRY_WITHIN_SECONDS
         cause = "the connection broke" if problem.billed else "no connection could be made"
-        return Failure(
-            error=problem,
-            cause=cause,
-            words=_words(error),
-            retry=retry,
-            wait=None,
-        )
+        return Failure(problem, cause, _words(error), retry=retry)
 
     async def read(self) -> list[Piece] | None:
         """What has come since, perhaps nothing; None at the end. Raises UpstreamError where the answer has failed."""
