@@ -196,8 +196,9 @@ _without_stream_options: Final[set[tuple[str, str]]] = set()
 
 
 def _words(error: BaseException) -> str:
-    """An exception's, without the credentials of a proxy that it may name."""
-    return failures.printable(_CREDENTIALS.sub("//", repr(error)), failures.LOGGED_CHARACTERS)
+    """For the log: no key, which the repr of a UnicodeError shows, and no password in a proxy's address."""
+    words = _CREDENTIALS.sub("//", f"{type(error).__name__}: {error}")
+    return failures.printable(words, failures.LOGGED_CHARACTERS)
 
 
 _CREDENTIALS: Final = re.compile(r"//[^/@\s]*@")

@@ -66,7 +66,9 @@ class _Clients:
             self._http_client = self._http_client or HTTPClient()
             return Client(provider, self._http_client)
         make = import_string(provider.client) if isinstance(provider.client, str) else provider.client
-        client: AsyncOpenAI = make()
+        client: object = make()
+        if not isinstance(client, AsyncOpenAI):
+            raise TypeError(f"CLIENT of the provider {provider.name} must return an AsyncOpenAI, not {type(client)}")
         self._theirs.append(client)
         return client
 
