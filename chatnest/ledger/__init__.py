@@ -1,5 +1,7 @@
 """The ledger: the only writer of what is spent. Reserve before the upstream is called, settle when it ends.
 
+Its files:
+
     operations, charges      what it can be asked; what an answer costs
     decisions, leases        how it decides; what a crash does. ``days``: when a budget is renewed
     transactions             all or nothing, again where another was in the way
