@@ -2,16 +2,19 @@
 
 The path of a request, in the order of the files to read:
 
-    views      POST /api/chat: the body read, every failure answered in the wire's words
-    accounts   who pays: user, address, site
-    wires      what the client asked for
-    policy     the operators' profile and account rows, in force
-    limits     clamped by the code's HARD_CAPS, tightened by the request
-    tokens     the most that the prompt can count
-    ledger     reserve: all budgets or none; later settle, once. One transaction for many requests
-    provider   one call of the model through the openai package, and what it really said
-    slots      a place in this process
-    stream     its pieces to frames, heartbeats and deadlines, and one settlement however it ends
+    views         POST /api/chat: the body read, every failure answered in the wire's words
+    accounts      who pays: user, address, all strangers, site
+    wires         what the client asked for
+    policy        the operators' profile and account rows, in force
+    refusals      who was refused is so again without work, and counted
+    limits        clamped by the code's HARD_CAPS, tightened by the request
+    slots         a place in this process, of which strangers hold at most half
+    conversation  the newest turns that fit, as every model takes them
+    tokens        the most that the prompt can count, and the best guess
+    ledger        reserve: all budgets or none; later settle, once. One transaction for many requests
+    provider      one call of the model through the openai package, and what it really said
+    stream        its pieces to frames, heartbeats and deadlines, and one settlement however it ends
+    frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
 
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, asgi, admin,
 checks, signals, testing and management/.

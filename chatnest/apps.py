@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from django.apps import AppConfig
+from django.db.models.signals import post_migrate
 
 
 class ChatnestConfig(AppConfig):
@@ -10,3 +11,5 @@ class ChatnestConfig(AppConfig):
 
     def ready(self) -> None:
         from . import checks, signals  # noqa: F401 - they register themselves
+
+        post_migrate.connect(signals.deliver_rows, sender=self)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
+from django.apps import apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
-from django.db import DatabaseError, connections
+from django.db import DatabaseError, connections, router
+from django.utils.module_loading import import_string
 
 from . import tokens
-from .conf import NAMES, complaint, payer_callable, settings
+from .conf import DEFAULT_PROVIDER, NAMES, complaint, payer_callable, provider, provider_names, settings
 from .ledger.bulk import VENDORS
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
@@ -35,7 +39,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         for name, value in typed.items()
         if name in NAMES and (problem := complaint(name, value))
     ]
-    return [*unknown, *wrong] or [*_check_payer(), *_check_caps(), *_check_protection()]
+    return [*unknown, *wrong] or [*_check_payer(), *_check_clients(), *_check_caps(), *_check_protection()]
 
 
 def _settings_are_wrong() -> bool:
@@ -51,6 +55,19 @@ def _check_payer() -> list[CheckMessage]:
     except ImportError as error:
         problem += f": {error}"
     return [Error(problem, id="chatnest.E008")]
+
+
+def _check_clients() -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    for name, typed in settings.PROVIDERS.items():
+        client = typed.get("CLIENT")
+        try:
+            if isinstance(client, str):
+                import_string(client)
+        except ImportError as error:
+            problem = f"CHATNEST['PROVIDERS'][{name!r}]['CLIENT'] is {client!r}, which cannot be imported: {error}"
+            messages.append(Error(problem, id="chatnest.E010"))
+    return messages
 
 
 def _check_caps() -> list[CheckMessage]:
@@ -79,7 +96,8 @@ def _check_caps() -> list[CheckMessage]:
 
 def _check_protection() -> list[CheckMessage]:
     messages: list[CheckMessage] = []
-    if not settings.OPENAI_API_KEY and settings.OPENAI_BASE_URL.startswith("https://api.openai.com"):
+    default = provider(DEFAULT_PROVIDER)
+    if default.is_openai and not default.api_key:
         messages.append(Warning("CHATNEST has no OPENAI_API_KEY: OpenAI will refuse every chat.", id="chatnest.W002"))
     if not tokens.EXACT:
         messages.append(
@@ -116,12 +134,60 @@ def check_database(**kwargs: Any) -> list[CheckMessage]:
                 id="chatnest.E007",
             )
         ]
+    if vendor == "postgresql" and not _is_psycopg3():
+        return [
+            Error(
+                "chatnest's ledger does not work with psycopg2.",
+                hint='Uninstall psycopg2 and install "psycopg[binary,pool]": Django takes it where it finds it.',
+                id="chatnest.E011",
+            )
+        ]
     return []
+
+
+def _is_psycopg3() -> bool:
+    from django.db.backends.postgresql.psycopg_any import is_psycopg3  # where there is no driver, there is no module
+
+    return is_psycopg3
+
+
+@register(Tags.security, deploy=True)
+def check_strangers(**kwargs: Any) -> list[CheckMessage]:
+    """What anybody on the internet could do to a site that lets anybody chat."""
+    if _settings_are_wrong() or not settings.ALLOW_ANONYMOUS:
+        return []
+    messages: list[CheckMessage] = []
+    trusted = [name.strip() for name in os.environ.get("FORWARDED_ALLOW_IPS", "").split(",")]
+    if "*" in trusted and not settings.TRUSTED_PROXIES:
+        messages.append(
+            Warning(
+                "FORWARDED_ALLOW_IPS is *: each client names its own address, and has as many budgets as it likes.",
+                hint="Name your proxies there, or set CHATNEST['TRUSTED_PROXIES'] and give uvicorn --no-proxy-headers.",
+                id="chatnest.W006",
+            )
+        )
+    if _sessions_take_a_connection_each():
+        messages.append(
+            Warning(
+                "Each request with a made-up session cookie takes a connection to PostgreSQL, without a bound.",
+                hint="Give that database OPTIONS['pool'] (Django's own). Silence this where PgBouncer does it.",
+                id="chatnest.W007",
+            )
+        )
+    return messages
+
+
+def _sessions_take_a_connection_each() -> bool:
+    store = import_module(django_settings.SESSION_ENGINE).SessionStore
+    if not (apps.is_installed("django.contrib.sessions") and hasattr(store, "get_model_class")):
+        return False  # not in a database
+    connection = connections[router.db_for_read(store.get_model_class())]
+    return connection.vendor == "postgresql" and not connection.settings_dict["OPTIONS"].get("pool")
 
 
 @register(Tags.database)
 def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
-    """Profiles that could never answer. Runs where databases may be read: ``check --database`` and ``migrate``."""
+    """Profiles that ask nobody, or could never answer. For ``check --database`` and ``migrate``."""
     if _settings_are_wrong():
         return []
     alias = settings.DATABASE_ALIAS
@@ -133,6 +199,23 @@ def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> lis
         profiles = list(Profile.objects.using(alias).filter(enabled=True))
     except DatabaseError:
         return []  # not migrated yet, or away: other checks say so
+    return [*_check_providers(profiles), *_check_answers(profiles)]
+
+
+def _check_providers(profiles: Sequence[Profile]) -> list[CheckMessage]:
+    return [
+        Error(
+            f"Profile {profile.name!r} asks the provider {profile.provider!r}, which the settings do not have.",
+            hint=f"CHATNEST['PROVIDERS'] has {', '.join(sorted(provider_names()))}.",
+            obj=profile,
+            id="chatnest.E009",
+        )
+        for profile in profiles
+        if profile.provider not in provider_names()
+    ]
+
+
+def _check_answers(profiles: Sequence[Profile]) -> list[CheckMessage]:
     return [
         Warning(
             f"Profile {profile.name!r} could never answer: its longest answer leaves a request no room for a prompt.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import tzinfo
+from datetime import date, datetime, tzinfo
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
@@ -27,6 +27,7 @@ class Settings:
 
     HARD_CAPS: Mapping[str, float] = field(default_factory=dict)
     SITE_DAILY_TOKEN_LIMIT: int = 500_000
+    ANONYMOUS_DAILY_TOKEN_LIMIT: int | None = None  # None: a fifth of the site's
     ALLOW_ANONYMOUS: bool = False
     PAYER: str | Callable[..., Any] | None = None
     TRUSTED_PROXIES: int = 0
@@ -146,6 +147,10 @@ _CHOICE_OF_PARAMETER: Rule = (
 _RULES: Final[Mapping[str, Rule]] = {
     "HARD_CAPS": (lambda value: isinstance(value, Mapping), "a dict of limits"),
     "SITE_DAILY_TOKEN_LIMIT": _COUNT,
+    "ANONYMOUS_DAILY_TOKEN_LIMIT": (
+        lambda value: value is None or (is_whole(value) and value >= 0),
+        "a whole number, 0 or more, or None",
+    ),
     "ALLOW_ANONYMOUS": _FLAG,
     "PAYER": (
         lambda value: value is None or isinstance(value, str) or callable(value),
@@ -171,13 +176,19 @@ _RULES: Final[Mapping[str, Rule]] = {
     "SHOW_REASONING": _FLAG,
     "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
 }
+_OURS: Final = frozenset(
+    {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n", "best_of"}
+)
 _PROVIDER_RULES: Final[Mapping[str, Rule]] = {
     "API_KEY": (lambda value: isinstance(value, str) or callable(value), "a string, or a callable that returns one"),
     "BASE_URL": _ADDRESS,
     "ORGANIZATION": (lambda value: value is None or isinstance(value, str), "a string, or None"),
     "HEADERS": _STRINGS,
     "QUERY": _STRINGS,
-    "EXTRA_BODY": (lambda value: _is_dict(value), "a dict"),
+    "EXTRA_BODY": (
+        lambda value: _is_dict(value) and not _OURS & value.keys(),
+        "a dict, without what chatnest says itself (the model, messages, how many tokens and answers)",
+    ),
     "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
     "STREAM_OPTIONS": _FLAG,
     "TOKENIZER": (lambda value: value is None or isinstance(value, str), "the name of a tokenizer, or None"),
@@ -234,6 +245,11 @@ def provider(name: str) -> Provider:
 def time_zone() -> tzinfo:
     """The zone whose midnight ends a budget's day."""
     return ZoneInfo(settings.TIME_ZONE) if settings.TIME_ZONE else timezone.get_default_timezone()
+
+
+def today(now: datetime | None = None) -> date:
+    """The budget's day at ``now``, an aware datetime, or at this moment: 23 or 25 hours where clocks change."""
+    return timezone.localdate(now, time_zone())
 
 
 def payer_callable() -> Callable[..., Any] | None:

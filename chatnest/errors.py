@@ -11,7 +11,8 @@ from typing import ClassVar
 class ChatError(Exception):
     """A refusal, or the end of a stream that did not complete.
 
-    ``retry_after`` is in whole seconds; None where waiting does not help.
+    ``retry_after`` is in whole seconds; None where waiting does not help. ``detail`` is for operators: who has how
+    much of what, which no client is told.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -19,9 +20,10 @@ class ChatError(Exception):
     retryable: ClassVar[bool] = False
     message: str = "AI request failed"
 
-    def __init__(self, message: str | None = None, *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str | None = None, *, retry_after: float | None = None, detail: str = "") -> None:
         self.message = message or type(self).message
         self.retry_after = None if retry_after is None else max(1, -int(-retry_after // 1))
+        self.detail = detail
         super().__init__(self.message)
 
 

@@ -92,6 +92,12 @@ def profile_name(asked: object) -> str:
     return name if name in DEFAULT_PROFILES else "balanced"
 
 
+def up_to(profile: str) -> list[str]:
+    """``profile``, one of the three, and those smaller than it, the largest first."""
+    smallest_first = list(DEFAULT_PROFILES)
+    return smallest_first[smallest_first.index(profile) :: -1]
+
+
 def hard_caps() -> Limits:
     """``CHATNEST["HARD_CAPS"]`` over the defaults; a cap that is no number leaves the default."""
     caps: dict[str, Any] = {

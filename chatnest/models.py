@@ -1,6 +1,6 @@
 """The rows: what operators set (Profile, Account) and what the ledger alone writes (all the others).
 
-An account is a name that usage is charged to: ``site``, ``user:<pk>``, ``ip:<address>``, ``key:<id>``.
+An account is a name that usage is charged to: ``site``, ``anonymous``, ``user:<pk>``, ``ip:<address>``, ``key:<id>``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from datetime import date, datetime
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator, RegexValidator
@@ -16,14 +16,25 @@ from django.db import models
 from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
 
-from .conf import DEFAULT_PROVIDER
-from .limits import DEFAULT_MODEL, FIELDS, Limits
+from .accounts import NAME_RULE, SHARED, canonical, is_name, misnamed
+from .conf import DEFAULT_PROVIDER, provider_names, settings, today
+from .limits import DEFAULT_MODEL, DEFAULT_PROFILES, FIELDS, Limits
 
 ACCOUNT_LENGTH: Final = 200
 
 
 class Profile(models.Model):
-    """A set of limits that operators edit. What is in force is this, clamped by the code's hard caps."""
+    """A set of limits that operators edit. What is in force is this, clamped by the code's hard caps.
+
+    The three that clients may ask for are always there: they can be neither deleted nor renamed, only switched off.
+    """
+
+    class Audience(models.TextChoices):
+        """Who may choose it. Whom an account's row gives it has it in any case."""
+
+        EVERYONE = "everyone", _("Everyone")
+        USERS = "users", _("Logged-in users")
+        FORCED = "forced", _("Only accounts that force it")
 
     name = models.CharField(
         max_length=50,
@@ -34,6 +45,18 @@ class Profile(models.Model):
     enabled = models.BooleanField(
         default=True,
         help_text=_("Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."),
+    )
+    audience = models.CharField(
+        max_length=10,
+        choices=Audience.choices,
+        default=Audience.EVERYONE,
+        help_text=_(
+            "Who may choose it. Others get the next smaller one that they may choose, of expanded, balanced and "
+            "constrained. Accounts that force it have it in any case."
+        ),
+    )
+    provider = models.CharField(
+        max_length=100, default=DEFAULT_PROVIDER, help_text=_("One of PROVIDERS in the site's settings.")
     )
     model = models.CharField(max_length=100, default=DEFAULT_MODEL)
     system_prompt = models.TextField(
@@ -67,11 +90,24 @@ class Profile(models.Model):
         return self.name
 
     @property
+    def is_delivered(self) -> bool:
+        """One of the three that clients may ask for."""
+        return self.name in DEFAULT_PROFILES
+
+    @property
     def limits(self) -> Limits:
         """What was typed, before the clamp."""
         return Limits(**{name: getattr(self, name) for name in FIELDS})
 
+    def _is_another_name_for_a_delivered_one(self) -> bool:
+        stored = type(self)._base_manager.using(self._state.db).filter(pk=self.pk, name__in=DEFAULT_PROFILES)
+        return stored.exclude(name=self.name).exists()
+
     def clean(self) -> None:
+        if self.provider not in provider_names():
+            raise ValidationError({"provider": _("The settings have no provider of this name.")})
+        if not self._state.adding and self._is_another_name_for_a_delivered_one():
+            raise ValidationError({"name": _("Clients ask for this profile by its name, so it keeps it.")})
         output, request = self.max_output_tokens, self.max_tokens_per_request
         if output is not None and request is not None and output >= request:
             raise ValidationError(
@@ -84,14 +120,25 @@ class Profile(models.Model):
             )
 
 
+def _validate_account_name(name: str) -> None:
+    if not is_name(name):
+        raise ValidationError(_("Use %s.") % NAME_RULE)
+
+
 class Account(models.Model):
-    """What an operator decided about one account. Accounts need no row; most have none."""
+    """What an operator decided about one account. Accounts need no row; most have none.
+
+    What is in force is for ``policy`` to say.
+    """
 
     name = models.CharField(
         max_length=ACCOUNT_LENGTH,
         unique=True,
-        validators=[RegexValidator(r"^[\x21-\x7e]+\Z", _("Use printable ASCII without spaces."))],
-        help_text=_("site, user:<pk>, ip:<address> or key:<id>. Pausing site stops every chat."),
+        validators=[_validate_account_name],
+        help_text=_(
+            "site, anonymous, user:7 (its primary key), ip:192.0.2.1 or key:3, or what the site's PAYER charges. "
+            "Pausing site stops every chat; pausing anonymous, those of visitors who are not logged in."
+        ),
     )
     profile = models.ForeignKey(
         Profile,
@@ -101,15 +148,61 @@ class Account(models.Model):
         help_text=_("Used whatever the client asks for."),
     )
     daily_token_limit = models.PositiveBigIntegerField(
-        null=True, blank=True, help_text=_("Only ever lowers the profile's limit (or the site's).")
+        null=True, blank=True, help_text=_("Lowers the limit that is in force without it.")
     )
+    extra_tokens = models.PositiveBigIntegerField(
+        null=True, blank=True, help_text=_("More than the limit, for one day. The code's hard caps still apply.")
+    )
+    extra_day = models.DateField(null=True, blank=True, help_text=_("The day of the extra tokens. Empty: today."))
     paused = models.BooleanField(default=False)
 
     class Meta:
         ordering = ["name"]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(extra_tokens__isnull=True, extra_day__isnull=True)
+                | Q(extra_tokens__isnull=False, extra_day__isnull=False),
+                name="chatnest_extra_has_its_day",
+            )
+        ]
 
     def __str__(self) -> str:
         return self.name
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        self.name = canonical(self.name)
+        super().save(*args, **kwargs)
+
+    @property
+    def is_shared(self) -> bool:
+        """``site`` and ``anonymous``, which everybody or every stranger pays from: always there."""
+        return self.name in SHARED
+
+    def extra_on(self, day: date) -> int:
+        """The tokens granted for that day."""
+        return self.extra_tokens if self.extra_tokens and self.extra_day == day else 0
+
+    def clean(self) -> None:
+        self.name = canonical(self.name)
+        self._clean_name()
+        if not self.extra_tokens:
+            self.extra_tokens = self.extra_day = None
+        elif self.extra_day is None:
+            self.extra_day = today()
+
+    def _clean_name(self) -> None:
+        """Whatever can pay can be paused, and what cannot is refused: it would look like a success."""
+        stored = None if self._state.adding else type(self)._base_manager.using(self._state.db).get(pk=self.pk)
+        if not is_name(self.name) or (stored and stored.name == self.name):
+            return
+        if stored and stored.is_shared:
+            raise ValidationError({"name": _("Everybody pays from this account by its name, so it keeps it.")})
+        problem = misnamed(self.name)
+        if problem and not self._has_been_charged():
+            raise ValidationError({"name": problem})
+
+    def _has_been_charged(self) -> bool:
+        return DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(account=self.name).exists()
 
 
 class DailyUsageQuerySet(models.QuerySet["DailyUsage"]):
@@ -263,6 +356,26 @@ class Reservation(models.Model):
 
     def is_overdue(self, now: datetime) -> bool:
         return self.state == self.State.OPEN and self.expires_at <= now
+
+
+class Refusal(models.Model):
+    """How often an account was refused on a day, and why. Summed in memory and written now and then: not exact."""
+
+    day = models.DateField()
+    account = models.CharField(max_length=ACCOUNT_LENGTH)
+    code = models.CharField(max_length=50)
+    count = models.PositiveBigIntegerField(default=0)
+    last_at = models.DateTimeField()
+    last_detail = models.CharField(max_length=200, blank=True, default="")
+
+    class Meta:
+        ordering = ["-last_at"]
+        constraints = [
+            models.UniqueConstraint(fields=["day", "account", "code"], name="chatnest_one_refusal_a_day_and_code")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.account} on {self.day}: {self.code}"
 
 
 class Calibration(models.Model):

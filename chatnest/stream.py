@@ -21,6 +21,7 @@ from typing import Final, Self
 
 from .conf import provider, settings
 from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
+from .frames import Frames
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
 from .ledger.charges import Billed, Received, most_received, settlement
@@ -28,17 +29,16 @@ from .models import Reservation
 from .provider.call import Call
 from .provider.chunks import Kind, Piece
 from .slots import StreamSlot
-from .tokens import Counter
+from .tokens import TokenCounter
 from .wires import Message, Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
 
-MAX_UNREAD: Final = 64 * 1024  # bytes of frames that wait for the reader; past that, the provider waits
 GRACE_SECONDS: Final = 1  # for [DONE], once nothing else is missing
-REPORT_SECONDS: Final = 5  # for a report of usage after the finish reason
+REPORT_SECONDS: Final = 3  # for a report of usage after the finish reason
 RETRY_SECONDS: Final = 0.5
 
-Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
+Outcome = Reservation.Outcome
 
 
 class ChatStream:
@@ -51,7 +51,7 @@ class ChatStream:
         return self
 
     async def __anext__(self) -> bytes:
-        return await self._chat.frames()
+        return await self._chat.next_frames()
 
     async def aclose(self) -> None:
         self._chat.leave()
@@ -69,7 +69,7 @@ class _Enough(Exception):
 
 
 class Chat:
-    """What the pump and the reader share. Owns its hold, its calls and its slot.
+    """Owns its hold, its calls and its slot. It begins when the first frame is asked for, and lives as its pump does.
 
     ``ask``: what was reserved with; a retry of what may have been billed reserves again.
     """
@@ -91,63 +91,44 @@ class Chat:
         self._dropped = dropped
         self._slot = slot
         self._loop = asyncio.get_running_loop()
+        self._frames = Frames(self._loop)
         self._pump: asyncio.Task[None] | None = None
-        self._call: Call | None = None
-        self._received = Counter(hold.model)
-        self._reasoning = Counter(hold.model)  # the part of it that was shown
-        self._pieces = self._deltas = 0
-        self._cut = False  # at its allowance, which the provider ignored
-        self._unread = bytearray()
-        self._reader: asyncio.Future[None] | None = None  # waits for frames
         self._reading: asyncio.Task[object] | None = None
-        self._room: asyncio.Future[None] | None = None  # the pump waits for the reader
+        self._call: Call | None = None
+        self._provider = provider(hold.provider)
+        self._received = TokenCounter(hold.model, self._provider)
+        self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
+        self._cut = False  # at its allowance, which the provider ignored
+        self._behind = False  # its reader is waited for, while the provider may write on
         self._timer: asyncio.TimerHandle | None = None
         self._why: Exception | None = None  # the pump was interrupted
-        self._left = self._settled = self._over = False
-        self._began = self._sent = 0.0
+        self._settled = False
+        self._began = 0.0
         self._heard = self._spoke = 0.0  # when the provider last sent anything, and when the model did
+        self._deltas = 0
 
-    # The reader's end.
+    # For the reader, and for operators.
 
-    async def frames(self) -> bytes:
+    async def next_frames(self) -> bytes:
         """What there is to write. Raises StopAsyncIteration after the end."""
-        if not (self._pump or self._over):
-            self._begin()
-            return chatnest.START
-        while not self._unread:
-            if self._over:
-                raise StopAsyncIteration
-            self._reader = self._loop.create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        frames = bytes(self._unread)
-        self._unread.clear()
-        self._sent = self._loop.time()
-        _wake(self._room)
-        return frames
-
-    def _write(self, frames: bytes) -> None:
-        if not self._left:
-            self._unread += frames
-            _wake(self._reader)
+        if self._pump or self._settled:
+            return await self._frames.take()
+        self._begin()
+        return chatnest.START
 
     def leave(self) -> None:
         """Nobody reads any more."""
-        if self._over and self._timer:
-            self._timer.cancel()
-        if self._left or self._over:
+        if self._frames.left:
             return
-        self._left = True
-        self._unread.clear()
-        if self._pump is None:
-            self._over = True
+        self._frames.leave()
+        if self._settled:
+            if self._timer:
+                self._timer.cancel()
+        elif self._pump is None:
             batcher.settle(self._conclude(Outcome.CANCELLED))
-        elif settings.ON_DISCONNECT == "drain" and self._call and self._call.billed:
-            _wake(self._room)  # read on unseen, for a provider that bills all of it anyway
-        elif not self._settled:
+        elif settings.ON_DISCONNECT != "drain" or not (self._call and self._call.billed):
             self._pump.cancel()
+        # Else it is read on unseen, for a provider that bills all of it anyway.
 
     def stop(self) -> None:
         """An operator's stop, from any thread: the stream ends with an ``error`` frame ``paused``."""
@@ -161,12 +142,17 @@ class Chat:
             if not self._settled:
                 batcher.settle(self._conclude(Outcome.CANCELLED))
 
+    def _interrupt(self, why: Exception) -> None:
+        if self._pump and not (self._settled or self._why):
+            self._why = why
+            self._pump.cancel()
+
     # The pump.
 
     def _begin(self) -> None:
         batcher.watch(self)
         self._reading = asyncio.current_task()
-        self._began = self._sent = self._heard = self._loop.time()
+        self._began = self._heard = self._frames.taken = self._loop.time()
         self._pump = self._loop.create_task(self._run())
         _pumps.add(self._pump)
         self._pump.add_done_callback(_pumps.discard)
@@ -177,16 +163,15 @@ class Chat:
             await self._relay()
             await self._complete()
         except asyncio.CancelledError:
-            await self._cancelled()
+            await self._fail(None)
         except ChatError as problem:
             await self._fail(problem)
         except Exception:
             logger.exception("A stream broke")
             await self._fail(InternalError())
         finally:
-            self._over = True
-            _wake(self._reader)
-            if self._unread and not self._reader:  # the reader stalls in the middle of a write
+            self._frames.end()
+            if self._frames.is_stuck:
                 when = max(self._began + settings.MAX_STREAM_SECONDS, self._loop.time() + GRACE_SECONDS)
                 self._timer = self._loop.call_at(when, self._give_up_reader)
             if self._call:
@@ -198,19 +183,21 @@ class Chat:
             call = await self._open()
             limit = most_received(self.hold.output_tokens)
             while (pieces := await call.read()) is not None:
-                self._take(pieces)
+                self._take(call, pieces)
                 if self._received.exceeds(limit):
                     self._cut = True
                     return await call.close()
-                await self._wait_for_room()
+                self._behind = True
+                if await self._frames.room():
+                    self._heard = self._loop.time()
+                self._behind = False
         except asyncio.CancelledError:
-            why = self._why
-            if why is None:
+            if self._why is None:
                 raise
-            if self._pump:
-                self._pump.uncancel()
-            if not (isinstance(why, _Enough) and self._call):
-                raise why from None
+            assert self._pump
+            self._pump.uncancel()
+            if not (isinstance(self._why, _Enough) and self._call):
+                raise self._why from None
             self._call.answer.end()
             self._call.check()
 
@@ -236,7 +223,7 @@ class Chat:
                 if call.billed:
                     await self._reserve_again(error)
             if wait > GRACE_SECONDS:
-                self._write(chatnest.PING)
+                self._frames.write(chatnest.PING)
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
@@ -248,40 +235,26 @@ class Chat:
         try:
             self.hold = await batcher.reserve(self._ask)
         except ChatError:
-            self._settled = True
             raise error from None
         batcher.watch(self)
 
-    def _take(self, pieces: list[Piece]) -> None:
-        answer = self._call.answer  # type: ignore[union-attr]
-        self._heard = self._loop.time()
-        if answer.heard > self._deltas:
-            self._deltas = answer.heard
-            self._spoke = self._heard
+    def _take(self, call: Call, pieces: list[Piece]) -> None:
+        frames = []
         for kind, text in pieces:
             self._received.add(text)
             if kind is Kind.TEXT:
-                self._unread += chatnest.token(text)
+                frames.append(chatnest.token(text))
             elif kind is Kind.REASONING:
                 self._reasoning.add(text)
                 if settings.SHOW_REASONING:
-                    self._unread += chatnest.reasoning(text)
-        self._pieces += len(pieces)
-        if self._left:
-            self._unread.clear()
-        elif self._unread:
-            _wake(self._reader)
-        if answer.may_end:
+                    frames.append(chatnest.reasoning(text))
+        self._frames.write(b"".join(frames))
+        self._heard = self._loop.time()
+        if call.answer.heard > self._deltas:
+            self._deltas = call.answer.heard
+            self._spoke = self._heard
+        if call.answer.may_end:
             self._tick()
-
-    async def _wait_for_room(self) -> None:
-        while len(self._unread) > MAX_UNREAD and not self._left:
-            self._room = self._loop.create_future()
-            try:
-                await self._room
-            finally:
-                self._room = None
-                self._heard = self._loop.time()
 
     # Deadlines and heartbeats: one timer, which is armed again only when it has fired.
 
@@ -289,24 +262,24 @@ class Chat:
         if self._timer:
             self._timer.cancel()
         now = self._loop.time()
-        if self._reader is None:  # the client is slow to read, and hears of it
-            self._sent = now
-        elif now >= self._sent + settings.HEARTBEAT_SECONDS:
-            self._sent = now
-            self._write(chatnest.PING)
+        if not self._frames.reader_waits:  # the client is slow to read, and hears of it
+            self._frames.taken = now
+        elif now >= self._frames.taken + settings.HEARTBEAT_SECONDS:
+            self._frames.taken = now
+            self._frames.write(chatnest.PING)
         due, why = self._deadline()
         if now >= due:
             self._interrupt(why)
         else:
             # The first piece begins a gap, and arms nothing.
-            due = min(due, self._sent + settings.HEARTBEAT_SECONDS, now + settings.GAP_SECONDS)
+            due = min(due, self._frames.taken + settings.HEARTBEAT_SECONDS, now + settings.GAP_SECONDS)
             self._timer = self._loop.call_at(max(due, now + 0.01), self._tick)
 
     def _deadline(self) -> tuple[float, Exception]:
         """When waiting ends, and with what."""
         last = self._began + settings.MAX_STREAM_SECONDS
         answer = self._call.answer if self._call else None
-        if self._room:  # it is the reader that is waited for
+        if self._frames.writer_waits:  # it is the reader that is waited for
             return last, UpstreamTimeout()
         if answer and answer.finish_reason:
             grace = GRACE_SECONDS if answer.report else REPORT_SECONDS
@@ -315,49 +288,38 @@ class Chat:
             return min(last, self._heard + settings.GAP_SECONDS), UpstreamTimeout()
         return min(last, self._began + settings.FIRST_TOKEN_SECONDS), UpstreamTimeout()
 
-    def _interrupt(self, why: Exception) -> None:
-        if self._pump and not (self._settled or self._why):
-            self._why = why
-            self._pump.cancel()
-
     # Ending: whatever happens, one settlement.
 
     async def _complete(self) -> None:
-        settle = self._conclude(Outcome.CANCELLED if self._left else Outcome.COMPLETED)
-        if self._left:
-            batcher.settle(settle)
+        if self._frames.left:
+            batcher.settle(self._conclude(Outcome.CANCELLED))
             return
+        settle = self._conclude(Outcome.COMPLETED)
         remaining = await batcher.settled(settle)
         if remaining is None:  # the database is away: what the hold said, put right by what was used
-            held = self.hold.prompt_tokens + self.hold.output_tokens
-            remaining = max(0, self.hold.remaining + held - settle.total_tokens)
-        finish_reason = "length" if self._cut else self._call.answer.finish_reason if self._call else None
+            remaining = max(0, self.hold.remaining + self.hold.tokens - settle.total_tokens)
+        reason = "length" if self._cut else self._call.answer.finish_reason if self._call else None
         usage = Usage(
             prompt_tokens=settle.prompt_tokens,
             completion_tokens=settle.completion_tokens,
             total_tokens=settle.total_tokens,
             remaining=remaining,
-            finish_reason=finish_reason or "stop",
+            finish_reason=reason or "stop",
             dropped_messages=self._dropped,
         )
-        self._write(chatnest.done(usage))
+        self._frames.write(chatnest.done(usage))
 
-    async def _fail(self, problem: ChatError) -> None:
+    async def _fail(self, problem: ChatError | None) -> None:
+        """``problem`` is None where the pump was cancelled."""
         if self._call:
             await self._call.close()
         if self._settled:
             return
-        if self._left:
+        if problem is None or self._frames.left:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
             await batcher.settled(self._conclude(self._outcome(problem)))
-            self._write(chatnest.error(problem))
-
-    async def _cancelled(self) -> None:
-        if self._call:
-            await self._call.close()
-        if not self._settled:
-            batcher.settle(self._conclude(Outcome.CANCELLED))
+            self._frames.write(chatnest.error(problem))
 
     def _outcome(self, problem: ChatError) -> Reservation.Outcome:
         if problem is not self._why:
@@ -374,32 +336,32 @@ class Chat:
         return self._settlement(outcome)
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
+        received = self._what_came()
+        # Who drains has a provider that bills an answer to its end: so where this end was not read.
+        unfinished = settings.ON_DISCONNECT == "drain" and not received.ended
+        unreported = "held" if unfinished else self._provider.unreported
         calibration = batcher.calibration(self.hold.provider, self.hold.model)
-        return settlement(self.hold, outcome, self._what_came(), calibration, provider(self.hold.provider).unreported)
+        return settlement(self.hold, outcome, received, calibration, unreported)
 
     def _what_came(self) -> Received:
         call = self._call
         if not (call and call.billed):
             return Received(billed=Billed.NOTHING)
-        answer = call.answer
         return Received(
             billed=Billed.PROMPT if call.refused else Billed.ANSWER,
-            tokens=max(self._received.total, self._pieces),
-            reasoning_tokens=self._reasoning.total,
-            ended=answer.ended,
-            report=answer.report,
-            report_is_last=answer.report_is_whole,
+            tokens=self._received.total(),
+            reasoning_tokens=self._reasoning.total(),
+            ended=call.answer.ended,
+            cut=self._cut,
+            behind=self._behind,
+            report=call.answer.report,
+            report_is_last=call.answer.report_is_whole,
         )
 
     def _give_up_reader(self) -> None:
         """Its last frames are not read: it would keep its task, and what the server has for it, for ever."""
         if self._reading and not self._reading.done():
             self._reading.cancel()
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter and not waiter.done():
-        waiter.set_result(None)
 
 
 _pumps: Final[set[asyncio.Task[None]]] = set()  # a loop's own references to its tasks are weak

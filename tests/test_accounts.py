@@ -15,7 +15,9 @@ from django.contrib.auth.models import User
 from django.core.exceptions import PermissionDenied
 from django.db import connections
 from django.test import Client as DjangoClient
+from freezegun import freeze_time
 
+from chatnest import conf
 from chatnest.models import Account, DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
@@ -39,6 +41,16 @@ def log_in(user: User) -> dict[str, str]:
     browser.force_login(user)
     session = browser.cookies["sessionid"].value
     return {"cookie": f"sessionid={session}; csrftoken={TOKEN}", "x_csrftoken": TOKEN}
+
+
+def edit_account(name: str, database: str = "default", **changes: Any) -> Account:
+    """An operator saves what was decided about an account."""
+    row, _ = Account.objects.using(database).update_or_create(name=name, defaults=changes)
+    return row
+
+
+def pause(database: str, name: str) -> Account:
+    return edit_account(name, database, paused=True)
 
 
 def payers(rows: list[Reservation]) -> list[list[str]]:
@@ -134,7 +146,7 @@ def test_reading_what_is_left_needs_no_csrf_token(client: Client, ada: User) -> 
 @on_sqlite
 def test_an_anonymous_request_has_no_cookie_to_forge_with(client: Client, settled: Settled) -> None:
     assert client.chat(cookie="csrftoken=other", origin="https://elsewhere.example").status == 200
-    assert payers(settled()) == [["ip:127.0.0.1", "site"]]
+    assert payers(settled()) == [["ip:127.0.0.1", "anonymous", "site"]]
 
 
 @on_sqlite
@@ -181,7 +193,7 @@ def test_two_users_have_a_budget_each_and_share_the_sites(
     client: Client, ada: User, settled: Settled, configure: Configure
 ) -> None:
     grace = User.objects.create_user("grace")
-    small = {**HELLO, "dailyTokenLimit": 74}
+    small = {**HELLO, "dailyTokenLimit": 76}  # the model's first report was 2 above the bound
     assert client.chat(small, **log_in(ada)).status == 200
     assert client.chat(small, **log_in(ada)).json["code"] == "daily_budget_exceeded"
     assert client.chat(small, **log_in(grace)).status == 200
@@ -208,7 +220,22 @@ def test_two_users_have_a_budget_each_and_share_the_sites(
         (2, "192.0.2.7", "127.0.0.1"),
         (3, "198.51.100.1, 192.0.2.7", "127.0.0.1"),
         (1, "nonsense", "127.0.0.1"),
-        (1, "192.0.2.7:8080", "127.0.0.1"),
+        # With a port, which is another for each connection, as Azure's gateways write it; and as RFC 7239 does.
+        (1, "192.0.2.7:8080", "192.0.2.7"),
+        (1, "192.0.2.7:51234, 198.51.100.1:40001", "198.51.100.1"),
+        (2, "192.0.2.7:51234, 198.51.100.1:40001", "192.0.2.7"),
+        (1, "[2606:4700:1:2::9]:443", "2606:4700:1:2::"),
+        (1, "[2606:4700:1:2::9]", "2606:4700:1:2::"),
+        (1, "2606:4700:1:2:3:4:5:6:443", "2606:4700:1:2::"),
+        (1, '"[2606:4700:1:2::9]:443"', "2606:4700:1:2::"),
+        (1, '"192.0.2.7"', "192.0.2.7"),
+        (1, '"192.0.2.7:8080" ', "192.0.2.7"),
+        (1, "[::ffff:192.0.2.7]:80", "192.0.2.7"),
+        (1, "192.0.2.7:http", "127.0.0.1"),
+        (1, "192.0.2.7:1:2", "127.0.0.1"),
+        (1, ":8080", "127.0.0.1"),
+        (1, "[]:8080", "127.0.0.1"),
+        (1, "_hidden:8080", "127.0.0.1"),
         (1, "999.1.1.1", "127.0.0.1"),
         (1, "192.0.2.7,", "192.0.2.7"),
         (1, " , 192.0.2.7 , ", "192.0.2.7"),
@@ -222,6 +249,7 @@ def test_two_users_have_a_budget_each_and_share_the_sites(
         (1, "2A00:1450:4001:081B:FFFF::1", "2a00:1450:4001:81b::"),
         (1, "2a00:1450:4001:81c::1", "2a00:1450:4001:81c::"),
         (1, "fe80::1", "fe80::1"),
+        (1, "[FE80::1%eth0]:80", "fe80::1"),
         (1, "::1", "::1"),
     ],
 )
@@ -231,7 +259,24 @@ def test_an_anonymous_client_pays_by_its_address(
     configure(TRUSTED_PROXIES=trusted)
     headers = {"x_forwarded_for": forwarded} if forwarded else {}
     assert client.chat(**headers).status == 200
-    assert payers(settled()) == [[f"ip:{payer}", "site"]]
+    assert payers(settled()) == [[f"ip:{payer}", "anonymous", "site"]]
+
+
+@on_sqlite
+def test_a_port_is_no_fresh_budget(client: Client, configure: Configure) -> None:
+    configure(TRUSTED_PROXIES=1)
+    small = {**HELLO, "dailyTokenLimit": 74}
+    codes = [client.chat(small, x_forwarded_for=f"203.0.113.70:{port}").status for port in (51234, 51235, 51236)]
+    assert codes == [200, 429, 429]
+
+
+@on_sqlite
+def test_a_site_that_names_addresses_itself_writes_them_as_it_likes(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    configure(PAYER=lambda request, accounts: ["ip:2A00:1450:4001:081B:FFFF::1"])
+    client.chat()
+    assert payers(settled()) == [["ip:2a00:1450:4001:81b::", "anonymous", "site"]]
 
 
 @on_sqlite
@@ -240,6 +285,82 @@ def test_a_made_up_address_is_no_fresh_budget(client: Client, configure: Configu
     small = {**HELLO, "dailyTokenLimit": 74}
     codes = [client.chat(small, x_forwarded_for=f"198.51.100.{n}, 192.0.2.7").status for n in range(3)]
     assert codes == [200, 429, 429]
+
+
+# Strangers, who share a part of the site's day.
+
+
+def test_a_stranger_is_charged_to_the_address_and_to_all_strangers(
+    client: Client, ada: User, database: str, settled: Settled
+) -> None:
+    assert client.chat().status == client.chat(**log_in(ada)).status == 200
+    settled()
+    used = dict(DailyUsage.objects.using(database).values_list("account", "tokens_used"))
+    assert used == {"ip:127.0.0.1": 14, "anonymous": 14, f"user:{ada.pk}": 14, "site": 28}
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("site", "edited", "setting", "share"),
+    [
+        (500, None, None, 100),
+        (504, None, None, 100),
+        (5000, 500, None, 100),  # the site's in force
+        (500, 10**9, None, 100),
+        (500, None, 80, 80),
+        (500, None, 0, 0),
+        (500, None, 10_000, 500),  # all of them spend no more than the site
+    ],
+)
+def test_strangers_spend_a_fifth_of_the_sites_day_or_what_the_settings_say(
+    client: Client, configure: Configure, site: int, edited: int | None, setting: int | None, share: int
+) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=site, ANONYMOUS_DAILY_TOKEN_LIMIT=setting)
+    edit_account("site", daily_token_limit=edited)
+    assert client.usage()["remainingToday"] == share
+
+
+@on_sqlite
+def test_many_strangers_close_the_chat_for_strangers_and_for_no_user(
+    client: Client, ada: User, configure: Configure, settled: Settled
+) -> None:
+    """Each with a budget of its own that is nowhere near spent: addresses are easily had."""
+    configure(SITE_DAILY_TOKEN_LIMIT=1000, TRUSTED_PROXIES=1, MIN_OUTPUT_TOKENS=180)
+    ends = [client.chat(x_forwarded_for=f"192.0.2.{n}") for n in range(5)]
+    assert [answer.status for answer in ends] == [200, 429, 429, 429, 429]
+    assert {answer.json["code"] for answer in ends[1:]} == {"daily_budget_exceeded"}
+    assert client.chat(**log_in(ada)).data("usage")["remainingToday"] == 1000 - 28
+
+
+@on_sqlite
+def test_an_operator_may_lower_the_strangers_share(client: Client) -> None:
+    edit_account("anonymous", daily_token_limit=500)
+    assert client.usage()["remainingToday"] == 500
+    edit_account("anonymous", daily_token_limit=10**9)
+    assert client.usage()["remainingToday"] == 70_000
+
+
+def test_pausing_strangers_stops_them_and_no_user(
+    client: Client, ada: User, upstream: FakeUpstream, database: str
+) -> None:
+    pause(database, "anonymous")
+    refused(client.chat(), 503, "paused", PAUSED)
+    assert upstream.requests == []
+    assert client.chat(**log_in(ada)).status == 200
+
+
+@on_sqlite
+def test_who_is_known_by_more_than_an_address_is_no_stranger(
+    client: Client, configure: Configure, settled: Settled
+) -> None:
+    configure(PAYER=lambda request, accounts: ["visitor:7", *accounts])
+    client.chat()
+    configure(PAYER=lambda request, accounts: [*accounts, "team:blue"])
+    client.chat()
+    assert payers(settled()) == [
+        ["visitor:7", "ip:127.0.0.1", "site"],
+        ["ip:127.0.0.1", "team:blue", "anonymous", "site"],
+    ]
 
 
 # A site's own rule.
@@ -326,12 +447,22 @@ def test_an_account_that_is_named_twice_is_charged_once(client: Client, configur
         7,
         "",
         "site",
+        "anonymous",
         [None],
         [""],
         [7],
         ["x" * 201],
+        ["team\nblue"],
+        ["\0"],
+        ["\x9b"],
+        ["\u2028"],
+        ["half \ud83d"],
+        [" team"],
+        ["team "],
+        ["team\u00a0"],
         ["site"],
         ["user:1", "site"],
+        ["user:1", "anonymous"],
         [["team:blue"]],
         [b"team"],
     ],
@@ -351,27 +482,38 @@ def test_a_rule_that_names_no_accounts_fails_before_anything_is_spent(
     assert "payer" in caplog.text.lower() or "account" in caplog.text.lower()
 
 
+NAMES = [
+    "x" * 200,
+    'équipe "bleue" 😀\'; --',
+    "a,b",
+    "{a}",
+    "\\",
+    "two words",
+    "क्\u200dष",
+    "👩\u200d🚒",
+    "user:a b",
+]
+
+
 @on_sqlite
 def test_an_account_may_have_any_name_of_200_characters(client: Client, configure: Configure, settled: Settled) -> None:
-    names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b"]
-    configure(PAYER=lambda request, accounts: names)
+    configure(PAYER=lambda request, accounts: NAMES)
     assert client.chat().events[-1] == "done"
-    assert payers(settled()) == [[*names, "site"]]
+    assert payers(settled()) == [[*NAMES, "site"]]
 
 
 @on_postgres
 def test_postgres_keeps_any_name_too(client: Client, configure: Configure, settled: Settled) -> None:
-    names = ["x" * 200, 'équipe "bleue" 😀\'; --', "a,b", "{a}", "\\"]
-    configure(PAYER=lambda request, accounts: names)
+    configure(PAYER=lambda request, accounts: NAMES)
     assert client.chat().events[-1] == "done"
-    assert payers(settled()) == [[*names, "site"]]
+    assert payers(settled()) == [[*NAMES, "site"]]
 
 
 # What an operator decided.
 
 
 def test_pausing_the_site_stops_every_chat(client: Client, upstream: FakeUpstream, database: str) -> None:
-    row = Account.objects.using(database).create(name="site", paused=True)
+    row = pause(database, "site")
     for _ in range(2):
         answer = client.chat()
         refused(answer, 503, "paused", PAUSED)
@@ -438,12 +580,15 @@ def test_an_operator_may_lower_a_payers_daily_limit_and_not_raise_it(
 
 
 @on_sqlite
-def test_an_operator_may_lower_the_sites_limit_and_not_raise_it(client: Client, configure: Configure) -> None:
+def test_an_operator_may_lower_the_sites_limit_and_not_raise_it(
+    client: Client, configure: Configure, ada: User
+) -> None:
     configure(SITE_DAILY_TOKEN_LIMIT=1000)
-    Account.objects.create(name="site", daily_token_limit=10**9)
-    assert client.chat().data("usage")["remainingToday"] == 986
-    Account.objects.update_or_create(name="site", defaults={"daily_token_limit": 500})
-    assert client.chat().data("usage")["remainingToday"] == 472
+    user = log_in(ada)
+    edit_account("site", daily_token_limit=10**9)
+    assert client.chat(**user).data("usage")["remainingToday"] == 986
+    edit_account("site", daily_token_limit=500)
+    assert client.chat(**user).data("usage")["remainingToday"] == 472
 
 
 @on_sqlite
@@ -451,6 +596,53 @@ def test_the_lowest_of_profile_account_and_request_is_in_force(client: Client) -
     Account.objects.create(name="ip:127.0.0.1", daily_token_limit=5000)
     assert client.chat({**HELLO, "dailyTokenLimit": 6000}).data("usage")["remainingToday"] == 5000 - 14
     assert client.chat({**HELLO, "dailyTokenLimit": 4000}).data("usage")["remainingToday"] == 4000 - 28
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("row", "asked", "limit"),
+    [
+        ({}, {}, 70_000 + 1000),
+        ({"daily_token_limit": 500}, {}, 1500),
+        ({"daily_token_limit": 0}, {}, 1000),
+        ({"extra_tokens": 10**12}, {}, 500_000),  # HARD_CAPS
+        ({}, {"dailyTokenLimit": 70_500}, 70_500),  # a client may only tighten, the granted too
+        ({}, {"dailyTokenLimit": 80_000}, 71_000),
+        ({"extra_day": "2026-11-24"}, {}, 70_000),
+        ({"extra_day": "2026-11-26"}, {}, 70_000),
+    ],
+    ids=str,
+)
+def test_an_operator_may_grant_more_for_one_day(
+    client: Client, ada: User, configure: Configure, row: dict[str, Any], asked: dict[str, Any], limit: int
+) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=10**9)
+    with freeze_time("2026-11-25 12:00:00", tick=True):
+        edit_account(f"user:{ada.pk}", **{"extra_tokens": 1000, "extra_day": "2026-11-25", **row})
+        answer = client.chat({**HELLO, **asked}, **log_in(ada))
+    assert answer.data("usage")["remainingToday"] == limit - 14
+
+
+@on_sqlite
+def test_a_grant_is_over_at_midnight(client: Client, configure: Configure) -> None:
+    configure(TIME_ZONE="Europe/Berlin")
+    with freeze_time("2026-11-25 22:59:50", tick=True) as clock:
+        edit_account("ip:127.0.0.1", daily_token_limit=0, extra_tokens=1000, extra_day="2026-11-25")
+        assert client.chat().status == 200
+        clock.move_to("2026-11-25 23:00:00")
+        assert client.chat().json["code"] == "daily_budget_exceeded"
+
+
+@on_sqlite
+def test_what_many_share_is_granted_no_more_than_the_site_has(client: Client, configure: Configure) -> None:
+    configure(SITE_DAILY_TOKEN_LIMIT=1000)
+    today = conf.today()
+    edit_account("site", daily_token_limit=500, extra_tokens=10**9, extra_day=today)
+    assert client.usage()["remainingToday"] == 200, "a fifth of 1,000"
+    edit_account("anonymous", daily_token_limit=100, extra_tokens=50, extra_day=today)
+    assert client.usage()["remainingToday"] == 150
+    edit_account("anonymous", extra_tokens=10**9)
+    assert client.usage()["remainingToday"] == 1000
 
 
 def test_pausing_ends_the_answers_that_are_being_written(
@@ -470,4 +662,4 @@ def test_pausing_ends_the_answers_that_are_being_written(
     upstream.wait_for_disconnect()
     (row,) = settled()
     assert (row.outcome, row.usage_source) == ("stopped", "counted")
-    assert row.tokens_charged == 10 + 1
+    assert row.tokens_charged == 10 + 1 + 8  # what may have been on its way

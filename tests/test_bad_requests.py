@@ -31,7 +31,7 @@ MEDIA_RULE = "Send the request as Content-Type: application/json."
 
 
 def limit_rule(name: str) -> str:
-    return f"{name} must be a whole number from 1 to 9223372036854775807."
+    return f"{name} must be a number above 0 and below 2^63."
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +74,6 @@ def hello(extra: str) -> bytes:
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
         b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
         b'{"messages": [{"role": "user", "content": "Hello!"}], "skipped": "\xff"}',
-        content(r'"\ud800"'),
-        content(r'"\udc00 alone"'),
-        content(r'"\ud83d\ud83d"'),
         content(r'"\x41"'),
         content('"a raw \n newline"'),
         content('"a raw \0 NUL"'),
@@ -174,11 +171,11 @@ def test_a_message_that_the_model_would_not_see_must_be_right_too(client: Client
 @pytest.mark.parametrize("name", ["dailyTokenLimit", "maxTokensPerRequest"])
 @pytest.mark.parametrize(
     "value",
-    ["0", "-0", "-1", "-9223372036854775809", "0.5", "1.0", "2048.0", "1e3", "1e308", "true", "false", '""', '"x"',
+    ["0", "-0", "-1", "-9223372036854775809", "-0.5", "1e308", "true", "false", '""', '"x"',
      '"2048"', '"NaN"', '"Infinity"', "[]", "[1]", "{}", str(2**63), str(2**64), "1" + "0" * 400, "-1" + "0" * 400],
     ids=lambda value: value[:25],
 )  # fmt: skip
-def test_limits_that_are_no_whole_number_above_zero(client: Client, name: str, value: str) -> None:
+def test_limits_that_are_no_number_above_zero(client: Client, name: str, value: str) -> None:
     """In the original, "x" became NaN, every comparison with NaN is false, and the cap was gone."""
     answer = client.chat(hello(f'"{name}": {value}'))
     refused(answer, 400, "invalid_request", limit_rule(name))

@@ -11,6 +11,8 @@ from django.core.checks import CheckMessage, run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
+from django.db import connections
+from django.db.backends.postgresql import psycopg_any
 
 from chatnest import checks, tokens
 from chatnest.conf import NAMES, Settings
@@ -19,6 +21,7 @@ from chatnest.ledger.batcher import batcher
 from chatnest.models import Profile
 
 from .conftest import Configure, EditProfile
+from .test_accounts import by_tenant
 
 
 def found(databases: list[str] | None = None) -> list[CheckMessage]:
@@ -64,15 +67,20 @@ def test_a_key_that_is_no_setting_is_named(configure: Configure, settings: Any, 
 COUNTS = ["SITE_DAILY_TOKEN_LIMIT", "TRUSTED_PROXIES", "UPSTREAM_MAX_RETRIES"]
 POSITIVE_COUNTS = ["MAX_STREAMS_PER_PROCESS", "MAX_BODY_BYTES", "MIN_OUTPUT_TOKENS"]
 SECONDS = ["HEARTBEAT_SECONDS", "MAX_STREAM_SECONDS", "FIRST_TOKEN_SECONDS", "GAP_SECONDS", "LEASE_SECONDS"]
-FLAGS = ["ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES"]
-TEXTS = ["OPENAI_API_KEY", "OPENAI_BASE_URL", "DATABASE_ALIAS"]
+FLAGS = ["ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES", "SHOW_REASONING"]
+TEXTS = ["OPENAI_API_KEY", "DATABASE_ALIAS"]
+NO_TEXT = [None, 5, b"bytes", ["a"]]
+NO_ADDRESS = [*NO_TEXT, "", "api.openai.com/v1", "ftp://example.com", "https://", "http://a:b", "http://[::1"]
 NO_COUNT = [None, -1, 1.0, 1.5, "1", "", True, math.nan, math.inf, [1], b"1"]
 WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in COUNTS for value in NO_COUNT),
     *((name, value) for name in POSITIVE_COUNTS for value in [0, *NO_COUNT]),
     *((name, value) for name in SECONDS for value in [None, 0, -1, "15", True, math.nan, math.inf, -math.inf, [15]]),
     *((name, value) for name in FLAGS for value in [None, 0, 1, "on", "False", ""]),
-    *((name, value) for name in TEXTS for value in [None, 5, b"bytes", ["a"]]),
+    *((name, value) for name in TEXTS for value in NO_TEXT),
+    *(("OPENAI_BASE_URL", value) for value in NO_ADDRESS),
+    *(("ANONYMOUS_DAILY_TOKEN_LIMIT", value) for value in NO_COUNT[1:]),
+    *(("PROVIDERS", value) for value in [None, 5, "azure", [{}]]),
     *(("PAYER", value) for value in [5, ["path"], True]),
     *(("TIME_ZONE", value) for value in ["", "Mars/Olympus", "CET+1 or so", "/etc/passwd", "../UTC", "a\0b", 5]),
     *(("HARD_CAPS", value) for value in [None, 5, "max_messages", ["max_messages"], [("max_messages", 5)]]),
@@ -111,11 +119,13 @@ def test_several_mistakes_are_told_at_once(configure: Configure) -> None:
     ("name", "value"),
     [
         ("SITE_DAILY_TOKEN_LIMIT", 0),
+        ("ANONYMOUS_DAILY_TOKEN_LIMIT", 0),
+        ("ANONYMOUS_DAILY_TOKEN_LIMIT", None),
         ("TRUSTED_PROXIES", 2),
         ("MAX_STREAMS_PER_PROCESS", 1),
         ("GAP_SECONDS", 0.5),
         ("PAYER", "tests.test_accounts.by_tenant"),
-        ("PAYER", lambda request, accounts: accounts),
+        ("PAYER", by_tenant),
         ("TIME_ZONE", "America/Argentina/Buenos_Aires"),
         ("HARD_CAPS", {}),
         ("HARD_CAPS", {"max_messages": 0, "temperature": 1.5, "max_output_tokens": 100}),
@@ -123,7 +133,7 @@ def test_several_mistakes_are_told_at_once(configure: Configure) -> None:
         ("MAX_TOKENS_PARAMETER", "max_completion_tokens"),
         ("DATABASE_ALIAS", "postgres"),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", str(part)),  # no function's address, which differs by process
 )
 def test_a_right_value_is_in_force(configure: Configure, name: str, value: Any) -> None:
     configure(**{name: value})
@@ -188,6 +198,145 @@ def test_the_command_line_tells_it_too(configure: Configure) -> None:
     configure(GAP_SECONDS=0)
     with pytest.raises(SystemCheckError, match=r"chatnest\.E003.*GAP_SECONDS.*a number of seconds above 0, not 0"):
         call_command("check", stdout=StringIO(), stderr=StringIO())
+
+
+# Providers.
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ({"azure": None}, "CHATNEST['PROVIDERS']['azure'] must be a dict, under a name that is a string."),
+        ({7: {}}, "CHATNEST['PROVIDERS'][7] must be a dict, under a name that is a string."),
+        ({"azure": {}}, "CHATNEST['PROVIDERS']['azure'] needs a BASE_URL, or a CLIENT."),
+        ({"azure": {"API_KEY": "sk-secret"}}, "CHATNEST['PROVIDERS']['azure'] needs a BASE_URL, or a CLIENT."),
+        (
+            {"azure": {"BASE_URL": "azure.example/v1"}},
+            "CHATNEST['PROVIDERS']['azure']['BASE_URL'] must be an address that begins with http:// or https://.",
+        ),
+        (
+            {"default": {"BASE_URL": ""}},
+            "CHATNEST['PROVIDERS']['default']['BASE_URL'] must be an address that begins with http:// or https://.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_provider_that_cannot_be_right_is_named(configure: Configure, typed: Any, problem: str) -> None:
+    configure(PROVIDERS=typed)
+    (message,) = found()
+    assert (message.id, message.msg) == ("chatnest.E003", problem)
+
+
+@pytest.mark.parametrize("path", ["nowhere.client", "tests.test_checks.no_such_client"])
+def test_a_client_that_cannot_be_imported_is_named(configure: Configure, path: str) -> None:
+    configure(PROVIDERS={"azure": {"CLIENT": path}})
+    (message,) = found()
+    assert message.id == "chatnest.E010"
+    assert path in message.msg and "'azure'" in message.msg
+    configure(PROVIDERS={"azure": {"CLIENT": "tests.test_accounts.by_tenant"}, "other": {"CLIENT": by_tenant}})
+    assert found() == []
+
+
+def test_the_default_provider_may_have_its_key_in_providers(configure: Configure) -> None:
+    configure(OPENAI_API_KEY="")
+    assert ids() == ["chatnest.W002"]
+    for typed in ({"API_KEY": "sk-1"}, {"BASE_URL": "http://127.0.0.1:11434/v1"}, {"CLIENT": by_tenant}):
+        configure(PROVIDERS={"default": typed})
+        assert ids() == []
+
+
+def test_a_profile_whose_provider_is_missing_is_told(edit_profile: EditProfile, database: str) -> None:
+    edit_profile("expanded", provider="azure")
+    edit_profile("off", provider="azure", enabled=False)
+    (message,) = found([database])
+    assert (message.id, message.obj.name) == ("chatnest.E009", "expanded")
+    assert message.msg == "Profile 'expanded' asks the provider 'azure', which the settings do not have."
+    assert message.hint == "CHATNEST['PROVIDERS'] has default."
+    with pytest.raises(SystemCheckError, match="azure"):
+        call_command("check", databases=[database], stdout=StringIO(), stderr=StringIO())
+
+
+# The database's driver.
+
+
+@pytest.mark.parametrize("is_psycopg3", [True, False])
+def test_psycopg2_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch, is_psycopg3: bool) -> None:
+    """Django takes it where it is installed, and the ledger's statements in one round trip are not its own."""
+    monkeypatch.setattr(psycopg_any, "is_psycopg3", is_psycopg3)
+    configure(DATABASE_ALIAS="default")
+    assert ids() == []
+    configure(DATABASE_ALIAS="postgres")
+    assert ids() == ([] if is_psycopg3 else ["chatnest.E011"])
+
+
+# Before it is deployed, where strangers may chat.
+
+
+class SessionsInPostgres:
+    """A router."""
+
+    def db_for_read(self, model: type, **hints: Any) -> str | None:
+        return "postgres" if model.__name__ == "Session" else None
+
+
+def before_deploying() -> list[str | None]:
+    messages = run_checks(include_deployment_checks=True)
+    return [message.id for message in messages if (message.id or "").startswith("chatnest.")]
+
+
+@pytest.mark.parametrize(
+    ("trusted", "proxies", "anonymous", "told"),
+    [
+        ("*", 0, True, ["chatnest.W006"]),
+        ("10.0.0.1, *", 0, True, ["chatnest.W006"]),
+        ("*", 1, True, []),  # chatnest counts hops itself
+        ("*", 0, False, []),  # nobody pays by address
+        ("10.0.0.1", 0, True, []),
+        ("", 0, True, []),
+    ],
+)
+def test_a_server_that_believes_every_client_is_told(
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    trusted: str,
+    proxies: int,
+    anonymous: bool,
+    told: list[str],
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+    configure(TRUSTED_PROXIES=proxies, ALLOW_ANONYMOUS=anonymous)
+    assert before_deploying() == told
+    assert ids() == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "pool", "anonymous", "told"),
+    [
+        ("db", None, True, ["chatnest.W007"]),
+        ("cached_db", None, True, ["chatnest.W007"]),
+        ("db", {"max_size": 8}, True, []),
+        ("db", True, True, []),
+        ("db", None, False, []),
+        ("signed_cookies", None, True, []),
+        ("cache", None, True, []),
+    ],
+)
+def test_sessions_in_postgres_without_a_pool_are_told(
+    configure: Configure,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    pool: Any,
+    anonymous: bool,
+    told: list[str],
+) -> None:
+    """150 sockets with made-up cookies emptied PostgreSQL's 100 places; with a pool of four nobody was refused."""
+    configure(ALLOW_ANONYMOUS=anonymous)
+    settings.SESSION_ENGINE = f"django.contrib.sessions.backends.{engine}"
+    assert before_deploying() == [], "the tests' sessions are in SQLite"
+    settings.DATABASE_ROUTERS = [SessionsInPostgres()]
+    monkeypatch.setitem(connections["postgres"].settings_dict, "OPTIONS", {"pool": pool})
+    assert before_deploying() == told
 
 
 # Profiles, where the database may be read.

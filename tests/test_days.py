@@ -153,7 +153,7 @@ def test_a_reader_who_leaves_after_midnight_is_charged_yesterday(
             frozen.move_to("2026-05-02 00:00:05")
         upstream.wait_for_disconnect()
         settled()
-    assert used(database) == {"2026-05-01": (11, 0)}
+    assert used(database) == {"2026-05-01": (19, 0)}
 
 
 @on_sqlite

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chatnest.ledger.charges import IN_FLIGHT
 from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
@@ -114,7 +115,7 @@ def test_an_answer_that_does_not_begin_is_given_up(
     assert answer.events == ["start", "error"]
     assert answer.data("error") == TIMEOUT
     upstream.wait_for_disconnect()
-    only(settled(), "timed_out", "counted", HELLO_BOUND)
+    only(settled(), "timed_out", "counted", HELLO_BOUND + IN_FLIGHT)
     assert len(upstream.requests) == 1
 
 
@@ -129,7 +130,7 @@ def test_an_answer_that_stops_half_way_is_given_up(
     assert answer.events == ["start", "token", "token", "error"]
     assert answer.data("error") == TIMEOUT
     upstream.wait_for_disconnect()
-    only(settled(), "timed_out", "counted", HELLO_BOUND + 2)
+    only(settled(), "timed_out", "counted", HELLO_BOUND + IN_FLIGHT + 2)
 
 
 def test_the_gap_is_measured_anew_from_each_piece(client: Client, upstream: FakeUpstream, configure: Configure) -> None:
@@ -171,7 +172,7 @@ def test_no_answer_goes_on_for_ever_even_if_nobody_reads_it(
         stream.until("token")
         upstream.wait_for_disconnect()
         (row,) = settled()
-    assert (row.outcome, row.usage_source) == ("timed_out", "counted")
+    assert (row.outcome, row.usage_source) == ("timed_out", "held")
 
 
 @pytest.mark.usefixtures("generous")

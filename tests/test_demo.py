@@ -36,7 +36,8 @@ class Demo:
         environment = {name: value for name, value in os.environ.items() if not OURS.fullmatch(name)}
         # Empty counts as unset, and wins over a developer's own .env.
         site = dict.fromkeys(("SECRET_KEY", "DEBUG", "ALLOWED_HOSTS", "HTTPS"), "")
-        chat = dict.fromkeys(("CHATNEST_ALLOW_ANONYMOUS", "CHATNEST_SITE_DAILY_TOKEN_LIMIT"), "")
+        limits = ("CHATNEST_SITE_DAILY_TOKEN_LIMIT", "CHATNEST_ANONYMOUS_DAILY_TOKEN_LIMIT")
+        chat = dict.fromkeys(("CHATNEST_ALLOW_ANONYMOUS", *limits), "")
         model = dict.fromkeys(("OPENAI_API_KEY", "OPENAI_BASE_URL"), "")
         self.database = folder / "demo.sqlite3"
         settings = {**site, **chat, **model, "DATABASE_URL": f"sqlite:///{self.database}", **variables}
@@ -173,7 +174,7 @@ def test_ending_it_settles_the_answers_that_are_being_written(tmp_path: Path) ->
             while True:
                 stream.next()
         query = "SELECT state, outcome, usage_source, tokens_charged > 0 FROM chatnest_reservation"
-        assert running.rows(query) == [("settled", "cancelled", "counted", 1)]
+        assert running.rows(query) == [("settled", "cancelled", "held", 1)]
         assert running.rows("SELECT sum(tokens_reserved) FROM chatnest_dailyusage") == [(0,)]
 
 

@@ -19,11 +19,11 @@ ROOT = PACKAGE.parent
 # From the ground up. Rooms of one floor may import each other, in no circle.
 FLOORS = [
     {"conf", "errors"},
-    {"limits", "tokens", "accounts", "provider", "wires", "slots"},
+    {"limits", "tokens", "accounts", "provider", "wires", "slots", "frames", "conversation"},
     {"models"},
     {"policy"},
     {"ledger"},
-    {"stream"},
+    {"refusals", "stream"},
     {"asgi"},
     {"views", "urls"},
 ]

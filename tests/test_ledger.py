@@ -762,8 +762,11 @@ def test_a_renewal_tells_which_streams_must_end(database: str, clock: Clock) -> 
 def test_a_renewal_tells_who_is_paused(database: str) -> None:
     Account.objects.using(database).create(name="user:1", paused=True)
     Account.objects.using(database).create(name="user:2")
-    assert ledger.renew([]) == (set(), {"user:1"})
-    assert ledger.renew([do(ask()).id]) == (set(), {"user:1"})
+    Account.objects.using(database).create(name="user:3", paused=True)
+    accounts = ["user:1", "user:2", "user:9", "site"]
+    assert ledger.renew([], accounts) == (set(), {"user:1"})
+    assert ledger.renew([do(ask()).id], accounts) == (set(), {"user:1"})
+    assert ledger.renew([do(ask()).id], ["user:2", "site"]) == (set(), set())
 
 
 def test_a_reset_forgives_what_was_used_and_keeps_what_is_held(database: str, clock: Clock) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,7 +201,8 @@ def test_an_operator_clears_what_was_learned_and_nobody_edits_it(database: str, 
     assert b"gpt-4o-mini" in admin_client.get("/admin/chatnest/calibration/").content
     assert admin_client.get("/admin/chatnest/calibration/add/").status_code == 403
     assert admin_client.post(f"{page}/change/", {"prompt_excess": 0}).status_code == 403
-    batcher._policy, batcher._policy_read = Policy.read(), time.monotonic()
+    asyncio.run(batcher.policy(["site"]))
+    assert batcher.calibration("default", "gpt-4o-mini") is not None
     assert admin_client.post(f"{page}/delete/", {"post": "yes"}).status_code == 302
     assert not Calibration.objects.using("default").exists()
-    assert batcher._fresh_policy() is None, "in force at once"
+    assert batcher.calibration("default", "gpt-4o-mini") is None, "in force at once"

@@ -399,7 +399,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.clock.move(seconds)
         ids = {self.sent[-1 - n % len(self.sent)].id for n in which if self.sent}
         chosen = [*ids, *([uuid4()] if stranger else [])]
-        stopped, paused = ledger.renew(chosen)
+        everyone = {account for payer in PAYERS for account in payer}
+        stopped, paused = ledger.renew(chosen, everyone)
         assert stopped == self.model.renew(chosen, self.clock.now)
         assert paused == {row.name for row in Account.objects.using(self.alias) if row.paused}
 
@@ -462,9 +463,9 @@ class LedgerMachine(RuleBasedStateMachine):
         rows = {row.name: row for row in Account.objects.using(self.alias)}
         if any(rows[name].paused for name in payer if name in rows):
             with pytest.raises(Paused):
-                Policy.read().terms(payer, "balanced")
+                Policy.read(payer).terms(payer, "balanced")
             return None
-        return Policy.read().terms(payer, "balanced")
+        return Policy.read(payer).terms(payer, "balanced")
 
     def to_again(self, which: int) -> Reserve | None:
         return self.asked[-1 - which % len(self.asked)] if self.asked else None

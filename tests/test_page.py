@@ -152,7 +152,7 @@ def test_the_profile_is_the_readers_choice(page: Page, upstream: FakeUpstream) -
 def test_a_provider_that_refuses_is_a_sentence_and_the_question_is_not_lost(page: Page, upstream: FakeUpstream) -> None:
     upstream.replies(Reply.refuse(401), Reply("Here I am."))
     send(page, "Are you there?")
-    error(page, "The AI model did not accept this request.")
+    error(page, "The chat is not set up correctly. Its operator has been told.")
     assert SECRET not in page.content()
     expect(page.get_by_label("Your message")).to_have_value("Are you there?")
     expect(page.locator(".message.user small")).to_have_text("not answered")
@@ -175,7 +175,7 @@ def test_an_answer_that_breaks_off_stays_with_a_sentence_below(page: Page, upstr
 def test_a_spent_budget_is_a_sentence_that_says_when_to_come_back(
     page: Page, upstream: FakeUpstream, configure: Configure
 ) -> None:
-    configure(SITE_DAILY_TOKEN_LIMIT=80)
+    configure(SITE_DAILY_TOKEN_LIMIT=80, ANONYMOUS_DAILY_TOKEN_LIMIT=80)
     send(page, "Hi!")
     answer(page, "Hello world")
     left(page, "66 of 70,000 tokens left today")
@@ -202,7 +202,7 @@ def test_too_many_questions_are_a_sentence(page: Page, edit_profile: EditProfile
 
 
 def test_an_operators_pause_is_a_sentence(page: Page) -> None:
-    Account.objects.create(name="site", paused=True)
+    Account.objects.update_or_create(name="site", defaults={"paused": True})
     send(page, "Hi!")
     error(page, "The chat is paused by its operator. Please try again later. You can try again in 60 seconds.")
 

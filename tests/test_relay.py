@@ -19,22 +19,23 @@ from chatnest.errors import UpstreamError
 from chatnest.models import Reservation
 from chatnest.provider.call import Call
 from chatnest.testing import CHUNK, FakeUpstream, Reply
+from chatnest.wires import Message
 
 from .benchmarks.processes import Serving, chatnest, url_of
 from .client import HELLO, Client, RawStream
-from .conftest import Configure, Settled, eventually, on_sqlite
+from .conftest import GENEROUS, Configure, Settled, eventually, on_sqlite
 
 MIB = 1024
 
 
 @pytest.fixture
-def serve(database: str, upstream: FakeUpstream) -> Iterator[Any]:
+def serve(database: str, upstream: FakeUpstream, generous: None, known_model: object) -> Iterator[Any]:
     """Start the demo site in a process of its own, on the test's database: ``serve(GAP_SECONDS=1)``."""
     with ExitStack() as processes:
 
         def serve(**changes: Any) -> Serving:
             url = url_of(connections[database].settings_dict)
-            return processes.enter_context(chatnest(url, upstream.url, **changes))
+            return processes.enter_context(chatnest(url, upstream.url, **{**GENEROUS, **changes}))
 
         yield serve
 
@@ -91,7 +92,7 @@ def test_a_stream_whose_reader_stalls_ends_in_time_and_leaves_nothing_behind(
         assert server.serves(reader.socket)
         upstream.wait_for_disconnect()
         row = next(row for row in settled() if row.payer == "ip:10.0.0.0")
-        assert (row.outcome, row.usage_source) == ("timed_out", "counted")
+        assert (row.outcome, row.usage_source) == ("timed_out", "held")
         assert row.tokens_charged > 0
         eventually(lambda: server.inside()["tasks"] == tasks)
     assert "Traceback" not in server.log.read_text()
@@ -116,7 +117,7 @@ def test_the_connection_of_a_reader_who_stalls_is_closed(serve: Any, upstream: F
 def test_a_full_process_says_so_before_it_reserves(
     serve: Any, upstream: FakeUpstream, settled: Settled, database: str
 ) -> None:
-    server = serve(MAX_STREAMS_PER_PROCESS=2)
+    server = serve(MAX_STREAMS_PER_PROCESS=4)  # strangers hold half of them
     upstream.replies(Reply("Hi", gate_after=1))
     with RawStream(server.port, HELLO, visitor(0)) as one, RawStream(server.port, HELLO, visitor(1)) as two:
         one.until("token"), two.until("token")
@@ -168,18 +169,21 @@ def test_a_connection_whose_answer_was_left_is_not_used_again(serve: Any, upstre
 # One client for each event loop.
 
 
-async def read(call: Call) -> str:
-    await call.open(seconds=5)
-    while await call.read() is not None:
-        pass
-    call.close()
-    return call.text
+async def read() -> str:
+    """A call's answer, read as the pump reads it."""
+    call = Call("default", "gpt-4o-mini", [Message("user", "Hi")], max_tokens=9, temperature=None)
+    await call.open()
+    said = []
+    while (pieces := await call.read()) is not None:
+        said += [text for _, text in pieces]
+    await call.close()
+    return "".join(said)
 
 
 def test_each_loop_has_connections_of_its_own_and_closes_them_as_it_ends(upstream: FakeUpstream) -> None:
     for loops in (1, 2):
         with asyncio.Runner() as runner:
-            assert [runner.run(read(Call(b"{}"))) for _ in range(3)] == ["Hello world"] * 3
+            assert [runner.run(read()) for _ in range(3)] == ["Hello world"] * 3
             assert (upstream.connections_opened, upstream.open_connections) == (loops, 1)
         upstream.wait_for(lambda: upstream.open_connections == 0)
 
@@ -187,7 +191,7 @@ def test_each_loop_has_connections_of_its_own_and_closes_them_as_it_ends(upstrea
 def test_loops_in_several_threads_do_not_share_a_connection(upstream: FakeUpstream) -> None:
     upstream.replies(Reply("Hi", gate_after=0))
     answers: list[str] = []
-    threads = [threading.Thread(target=lambda: answers.append(asyncio.run(read(Call(b"{}"))))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: answers.append(asyncio.run(read()))) for _ in range(3)]
     for thread in threads:
         thread.start()
     upstream.wait_for_request(3)
@@ -219,7 +223,7 @@ def test_a_provider_that_speaks_http_2_is_asked_for_http_1(
         listening = threading.Thread(target=hear_hello)
         listening.start()
         with pytest.raises(UpstreamError):
-            asyncio.run(read(Call(b"{}")))
+            asyncio.run(read())
         listening.join()
     assert protocols_offered(hellos[0]) == [b"http/1.1"]
 

@@ -198,7 +198,9 @@ class Soak:
 def test_after_a_long_time_of_everything_the_process_is_as_it_was(database: str, url: str) -> None:
     with (
         FakeUpstream() as upstream,
-        processes.chatnest(url, upstream.url, MAX_STREAMS_PER_PROCESS=WORKERS - 1, UPSTREAM_MAX_RETRIES=1) as server,
+        processes.chatnest(
+            url, upstream.url, MAX_STREAMS_PER_PROCESS=2 * WORKERS - 2, UPSTREAM_MAX_RETRIES=1
+        ) as server,
     ):
         soak = Soak(server.port, upstream)
         tasks, files = server.inside()["tasks"], server.files

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import math
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 from ..errors import LedgerUnavailable, Overloaded
 from ..models import Calibration
-from ..policy import FRESH_SECONDS, Policy
+from ..policy import Policy, PolicyCache
 from .jobs import Job, OperationJob, QueryJob
-from .operations import Hold, Reserve, Settle
+from .operations import Hold, Lesson, Reserve, Settle
 from .outage import Outage
 from .worker import LiveStream, Worker, give_back
 
@@ -47,35 +46,22 @@ class Batcher:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._live: WeakValueDictionary[UUID, LiveStream] = WeakValueDictionary()
-        self._policy: Policy | None = None
-        self._policy_read = 0.0
+        self._policies = PolicyCache()
 
     # For the event loops.
 
-    async def policy(self) -> Policy:
-        """The policy, at most two seconds old. Raises LedgerUnavailable."""
-        if policy := self._fresh_policy():
+    async def policy(self, accounts: Sequence[str]) -> Policy:
+        """What operators decided about ``accounts``, at most two seconds old. Raises as ``query`` does."""
+        if policy := self._policies.recall(accounts):
             return policy
-        return await self.query(self._read_policy)
-
-    def _fresh_policy(self) -> Policy | None:
-        return self._policy if time.monotonic() - self._policy_read < FRESH_SECONDS else None
-
-    def _read_policy(self) -> Policy:
-        # Many may have asked at once: the first one's reading serves them all.
-        if not (policy := self._fresh_policy()):
-            policy = self._policy = Policy.read()
-            self._policy_read = time.monotonic()
-        return policy
+        return await self.query(partial(self._policies.read, accounts))
 
     def calibration(self, provider: str, model: str) -> Calibration | None:
         """What was known of a model when the policy was last read."""
-        policy = self._policy
-        return policy.calibrations.get((provider, model)) if policy else None
+        return self._policies.calibration(provider, model)
 
-    def forget_policy(self) -> None:
-        """Who next needs it reads it anew. What was known of the models is known until then."""
-        self._policy_read = -math.inf
+    def forget_policy(self, *, calibrations: bool = False) -> None:
+        self._policies.forget(calibrations=calibrations)
 
     async def query(self, query: Callable[[], T]) -> T:
         """Run a read in the batcher's thread. Raises LedgerUnavailable and Overloaded."""
@@ -88,6 +74,7 @@ class Batcher:
     def settle(self, ask: Settle) -> None:
         """Settle some time, whoever lives to see it."""
         self._put(OperationJob(ask))
+        self._heed(ask.lesson)
 
     async def settled(self, ask: Settle) -> int | None:
         """Settle, and wait a little for what is left of the payer's day; None if that takes too long."""
@@ -95,7 +82,12 @@ class Batcher:
         assert job.future
         self._put(job)
         await asyncio.wait([job.future], timeout=PATIENCE_SECONDS)
+        self._heed(ask.lesson)
         return job.future.result() if job.future.done() and not job.future.exception() else None
+
+    def _heed(self, lesson: Lesson | None) -> None:
+        if lesson and lesson.is_news(self.calibration(lesson.provider, lesson.model)):
+            self.forget_policy()
 
     def watch(self, stream: LiveStream) -> None:
         """Renew this stream's lease for as long as the stream exists or until ``unwatch``."""

@@ -39,14 +39,17 @@ class Received:
     """What became of one call, in tokens by ``tokens.estimate`` (the best guess, not the bound).
 
     ``tokens``: everything that came, as text, reasoning, refusal or arguments of tools; ``reasoning_tokens``: of
-    these, the visible reasoning. ``ended``: it was read to the end that the provider gave it. ``report_is_last``:
-    no output followed the report.
+    these, the visible reasoning. ``ended``: it was read to the end that the provider gave it;
+    ``cut``: not to its end, for it went on past its allowance. ``behind``: its reader held it back, so that any number
+    of tokens may be on the way. ``report_is_last``: no output followed the report.
     """
 
     billed: Billed
     tokens: int = 0
     reasoning_tokens: int = 0
     ended: bool = False
+    cut: bool = False
+    behind: bool = False
     report: Report | None = None
     report_is_last: bool = True
 
@@ -103,6 +106,14 @@ def charge(
 
 def _reported(hold: Hold, received: Received, report: Report) -> Charge:
     """As reported; but a zero is no report of what was sent, or was received: that counts as counted."""
+    if report.total_tokens and not (
+        report.prompt_tokens or report.completion_tokens
+    ):  # the total alone: its parts are a guess
+        total = max(report.total_tokens, received.tokens)
+        prompt = total - received.tokens
+        return Charge(
+            source=UsageSource.REPORTED, prompt_tokens=prompt, completion_tokens=received.tokens, total_tokens=total
+        )
     prompt = report.prompt_tokens or hold.prompt_tokens
     completion = report.completion_tokens or received.tokens
     return Charge(
@@ -122,7 +133,7 @@ def _unreported(hold: Hold, received: Received, calibration: Calibration | None,
     # The allowance bounds what is billed by a model that keeps to it, and by no other.
     if received.tokens <= allowance and not (calibration and calibration.ignores_max_tokens):
         shown = min(shown, allowance)
-    if learned and calibration and calibration.bills_what_it_shows:
+    if learned and not received.behind and calibration and calibration.bills_what_it_shows:
         return _sum(UsageSource.COUNTED, hold.prompt_tokens, shown)
     return _sum(
         UsageSource.COUNTED if shown > allowance else UsageSource.HELD, hold.prompt_tokens, max(shown, allowance)
@@ -149,7 +160,7 @@ def _sum(source: Reservation.UsageSource, prompt: int, completion: int) -> Charg
 def lesson(hold: Hold, received: Received) -> Lesson | None:
     """What this answer teaches; None if nothing. A report of an answer that broke off says little of its length."""
     report = received.report or Report()
-    overlong = max(received.tokens, report.completion_tokens) > most_received(hold.output_tokens)
+    overlong = received.cut or report.completion_tokens > most_received(hold.output_tokens)
     if received.billed == Billed.NOTHING or not (received.report or overlong):
         return None
     whole = received.report_is_whole

@@ -1,17 +1,11 @@
-"""The budget's day: the local date of CHATNEST["TIME_ZONE"], so it has 23 or 25 hours where clocks change."""
+"""The budget's day: the local date of CHATNEST["TIME_ZONE"]."""
 
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, time, timedelta
 
-from django.utils import timezone
-
 from ..conf import time_zone
-
-
-def today(now: datetime | None = None) -> date:
-    """The day of ``now``, which is an aware datetime; of this moment if it is None."""
-    return timezone.localdate(now, time_zone())
+from ..conf import today as today
 
 
 def day_ends(day: date) -> datetime:

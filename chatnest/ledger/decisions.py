@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from math import ceil
 from typing import Any
 
 from ..conf import settings
@@ -97,20 +98,30 @@ def _reserve(book: Book, ask: Reserve) -> Hold:
 
 
 def _admit(book: Book, ask: Reserve) -> None:
-    wait = rate_wait(ask.rate_max_requests, *book.rate(ask.payer, ask.rate_window_seconds))
+    this, last, elapsed = book.rate(ask.payer, ask.rate_window_seconds)
+    wait = rate_wait(ask.rate_max_requests, this, last, elapsed)
     # To the clock's own microsecond, or a fraction's rounding would break what Retry-After promised.
     if (seconds := round(wait * ask.rate_window_seconds, 6)) > 0:
-        raise RateLimited(retry_after=seconds)
-    if book.streams(ask.payer) >= ask.max_concurrent_streams:
-        raise TooManyStreams(retry_after=5)
+        number = ceil(this + last * (1 - elapsed)) + 1
+        allowed = f"{ask.profile} allows {ask.rate_max_requests}"
+        raise RateLimited(retry_after=seconds, detail=f"request {number} in {ask.rate_window_seconds} s; {allowed}")
+    if (streams := book.streams(ask.payer)) >= ask.max_concurrent_streams:
+        detail = f"streams open: {streams}; {ask.profile} allows {ask.max_concurrent_streams}"
+        raise TooManyStreams(retry_after=5, detail=detail)
 
 
 def _fit(book: Book, ask: Reserve) -> int:
     """The answer's allowance: what was asked, or what the tightest budget has left if that is enough."""
     room = _room(book, ask.budgets)
     output = min(ask.max_output_tokens, room - ask.prompt_tokens)
-    if output < min(ask.min_output_tokens, ask.max_output_tokens):
-        raise DailyBudgetExceeded(retry_after=(day_ends(ask.day) - book.now).total_seconds())
+    least = min(ask.min_output_tokens, ask.max_output_tokens)
+    if output < least:
+        tightest = min(ask.budgets, key=lambda budget: _room(book, [budget]))
+        left = f"{tightest.account} has {_remaining(book, [tightest]):,} of {tightest.limit:,} tokens left"
+        raise DailyBudgetExceeded(
+            retry_after=(day_ends(ask.day) - book.now).total_seconds(),
+            detail=f"{left}; {ask.prompt_tokens + least:,} needed",
+        )
     return output
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Final
 from uuid import UUID
@@ -56,8 +56,8 @@ def expire(ids: Sequence[UUID]) -> None:
 
 
 @retried
-def renew(ids: Sequence[UUID]) -> tuple[set[UUID], set[str]]:
-    """Extend these leases. Returns the ids whose stream must stop, and the accounts that are paused.
+def renew(ids: Sequence[UUID], accounts: Collection[str] = ()) -> tuple[set[UUID], set[str]]:
+    """Extend these leases. Returns the ids whose stream must stop, and those of ``accounts`` that are paused.
 
     An expired lease does not stop its stream: the full hold is charged, and a late settlement corrects it.
     """
@@ -71,5 +71,5 @@ def renew(ids: Sequence[UUID]) -> tuple[set[UUID], set[str]]:
     stopped = set(ids) - live
     if stopped:
         stopped -= set(held.filter(state=State.EXPIRED).values_list("id", flat=True))
-    paused = Account.objects.using(alias).filter(paused=True).values_list("name", flat=True)
+    paused = Account.objects.using(alias).filter(name__in=accounts, paused=True).values_list("name", flat=True)
     return stopped, set(paused)

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from ..conf import DEFAULT_PROVIDER
 from ..errors import ChatError
-from ..models import Reservation
+from ..models import Calibration, Reservation
 from .days import today
 
 
@@ -130,6 +130,18 @@ class Lesson:
     reasons_unseen: bool = False
     ignores_max_tokens: bool = False
     reported: bool = True
+
+    def is_news(self, known: Calibration | None) -> bool:
+        """Whether holds and charges change with it."""
+        if known is None:
+            return True
+        return (
+            self.prompt_excess > known.prompt_excess
+            or self.completion_excess > known.completion_excess
+            or self.reasons_unseen > known.reasons_unseen
+            or self.ignores_max_tokens > known.ignores_max_tokens
+            or (self.reported and not known.reports)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

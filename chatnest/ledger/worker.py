@@ -197,8 +197,10 @@ class Worker:
         streams = [stream for ref in self._live.valuerefs() if (stream := ref())]
         if not streams:
             return
+        ids = [stream.hold.id for stream in streams]
+        accounts = {account for stream in streams for account in stream.hold.accounts}
         try:
-            stopped, paused = self._on_a_live_connection(lambda: leases.renew([one.hold.id for one in streams]))
+            stopped, paused = self._on_a_live_connection(lambda: leases.renew(ids, accounts))
         except Exception as error:
             self._note(error, "Leases cannot be renewed")
             if is_outage(error):

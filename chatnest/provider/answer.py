@@ -91,14 +91,9 @@ class Answer:
         """The pieces that ``received`` completes."""
         if self.done:
             return []
-        if self._strange is not None and len(self._strange) < MAX_STRANGE_BYTES:
-            self._strange += received
-        try:
-            return self._take(self._events.feed(received))
-        except ValueError as error:
-            self._fail(str(error))
-            self.done = True
-            return []
+        if self._strange is not None:
+            self._strange += received[: MAX_STRANGE_BYTES - len(self._strange)]
+        return self._take(self._events.feed(received))
 
     def end(self, *, cut: bool = False) -> list[Piece]:
         """The body is over, or was ``cut``: the last pieces. An answer that had not come to its end has failed."""
@@ -142,6 +137,8 @@ class Answer:
         for name, data in events:
             if name == b"error":
                 self._fail(loose(data))
+            elif name and name != b"message" and not data.startswith(b"{"):
+                pass  # a heartbeat with a name
             elif data[:6] == b"[DONE]" or data.strip() == b"[DONE]":
                 self.done = self.ended = True
                 break
@@ -150,6 +147,9 @@ class Answer:
                     self._take_chunk(chunk, pieces)
         if events:
             self._strange = None
+        if self._events.too_large and not self.done:
+            self._fail("an event above the limit of size")
+            self.done = True
         return pieces
 
     def _take_chunk(self, chunk: Chunk, pieces: list[Piece]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from .http import CONNECT_SECONDS, Body
 
 logger = logging.getLogger("chatnest.upstream")
 
+LINGER_READS: Final = 16
 LINGER_SECONDS: Final = 1  # for the last bytes of an answer whose end is known: then its connection can be used again
 POOL_SECONDS: Final = 1  # for a place in the pool of a client that the site made
 RETRY_WITHIN_SECONDS: Final = 5  # a connection that breaks later may have had the whole work done for it
@@ -134,12 +135,13 @@ class Call:
             if pieces or not (self.answer.done or self.answer.error):
                 return pieces
         if self.answer.error:  # its usage may follow
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    while not self.answer.done:
-                        await self._feed()
+            await self._linger(self._feed_more)
         self.check()
         return None
+
+    async def _feed_more(self) -> bool:
+        await self._feed()
+        return not self.answer.done
 
     async def _feed(self) -> list[Piece]:
         try:
@@ -165,16 +167,18 @@ class Call:
         """Close the connection; its socket too, unless the answer was read to its end."""
         if self._response:
             response, self._response = self._response, None
-            if self.answer.done:
-                await self._read_out()
+            if self.answer.ended:
+                await self._linger(self._next)
             with suppress(Exception):
                 await response.aclose()
 
-    async def _read_out(self) -> None:
+    async def _linger(self, read: Callable[[], Awaitable[object]]) -> None:
+        """For what belongs to the end: neither long, nor much."""
         with suppress(Exception):
             async with asyncio.timeout(LINGER_SECONDS):
-                while await self._next():
-                    pass
+                for _ in range(LINGER_READS):
+                    if not await read():
+                        return
 
     def _logged(self, failure: Failure) -> UpstreamError:
         """The provider's words go to the log, and nowhere else."""

@@ -139,7 +139,7 @@ def decode(data: bytes) -> list[Chunk]:
     if not data.strip():
         return []
     value = loose(data)
-    lines = [loose(line) for line in data.split(b"\n") if line.strip()]
+    lines = [loose(line) for line in data.split(b"\n") if line.strip() not in (b"", b"[DONE]")]
     if isinstance(value, str) and all(isinstance(line, dict) for line in lines):
         return list(map(_lenient_chunk, lines))
     return [_lenient_chunk(value)]
@@ -208,12 +208,11 @@ def _lenient_choice(choice: object) -> Choice:
 def _lenient_delta(delta: dict[str, Any]) -> _Delta:
     content = delta.get("content")
     parts = content if isinstance(content, list) else [content]
-    thoughts = [part for part in parts if "think" in str(_get(part, "type"))]
     reasoning = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("reasoning_details")
     calls = delta.get("tool_calls")
     return _Delta(
-        content=_text([part for part in parts if part not in thoughts]),
-        reasoning=_text(reasoning) + _text(thoughts),
+        content=_text([part for part in parts if not _is_thought(part)]),
+        reasoning=_text(reasoning) + _text([part for part in parts if _is_thought(part)]),
         refusal=_text(delta.get("refusal")),
         tool_calls=calls if isinstance(calls, list) else None,
         function_call=delta.get("function_call"),
@@ -227,6 +226,8 @@ def _sane(tokens: int | None) -> int:
 
 def _whole(value: object) -> Any:
     """A count rounded up, from a number or the string of one; None from anything else."""
+    if isinstance(value, bool):
+        return None
     try:
         return -int(-float(value) // 1)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -237,14 +238,19 @@ def _get(value: object, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _text(value: object) -> str:
+def _is_thought(part: object) -> bool:
+    kind = _text(_get(part, "type"))
+    return "think" in kind or "reasoning" in kind
+
+
+def _text(value: object, depth: int = 8) -> str:
     """All the text in a value of unknown shape: a string, typed parts, a list of either."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return "".join(map(_text, value))
     if isinstance(value, dict):
-        return "".join(_text(value.get(name)) for name in ("text", "thinking", "summary", "content", "refusal"))
+        value = [value.get(name) for name in ("text", "thinking", "summary", "content", "refusal")]
+    if isinstance(value, list) and depth:
+        return "".join(_text(part, depth - 1) for part in value)
     return ""
 
 

@@ -17,21 +17,26 @@ Event = tuple[bytes, bytes]  # its name, empty for most, and its data
 
 
 class EventDecoder:
-    """Feed it bytes split anywhere. Lines end in CR, LF or CRLF, and in nothing else that Unicode calls a line end."""
+    """Feed it bytes split anywhere. Lines end in CR, LF or CRLF, and in nothing else that Unicode calls a line end.
 
-    __slots__ = ("_after_cr", "_begun", "_carry", "_data", "_name", "limit")
+    ``too_large``: a line or the data of an event was above the limit in bytes; nothing after that is read.
+    """
+
+    __slots__ = ("_after_cr", "_begun", "_carry", "_data", "_limit", "_name", "_size", "too_large")
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.too_large = False
+        self._limit = limit
         self._begun = False
         self._after_cr = False  # a CR ended the last line; an LF now belongs to it
         self._carry = b""  # the start of a line
         self._name = b""
         self._data: list[bytes] = []  # the data lines of the event that has begun
+        self._size = 0  # of these lines
 
     def feed(self, received: bytes) -> list[Event]:
-        """The events that are now complete. Raises ValueError for an event above the limit in bytes."""
-        if not received:
+        """The events that are now complete."""
+        if self.too_large or not received:
             return []
         if self._after_cr:
             received, self._after_cr = received.removeprefix(b"\n"), False
@@ -41,18 +46,17 @@ class EventDecoder:
                 self._carry = text
                 return []
             text, self._begun = text.removeprefix(_BOM), True
-        if self._data or self._name or b"\r" in text:
+        if self._data or self._name or b"\r" in text or len(text) > self._limit:
             events = self._feed_lines(text)
         else:
             events = self._feed_plain(text)
-        if (self._carry or self._data) and len(self._carry) + sum(map(len, self._data)) > self.limit:
-            raise ValueError("an event above the limit of size")
+        self.too_large |= len(self._carry) > self._limit
         return events
 
     def end(self) -> list[Event]:
         """The last event, where the bytes end without its blank line."""
-        line, self._carry = self._carry, b""
-        return self._feed_whole_lines([line, b""])
+        text, self._carry = self._carry, b""
+        return self._feed_whole_lines([*_LINE_END.split(text), b""])
 
     def _feed_plain(self, text: bytes) -> list[Event]:
         """What providers send: one data line an event, LF."""
@@ -76,14 +80,15 @@ class EventDecoder:
             if not line:
                 if self._data:
                     events.append((self._name, b"\n".join(self._data)))
-                self._name, self._data = b"", []
+                self._name, self._data, self._size = b"", [], 0
                 continue
             field, _, value = line.partition(b":")
-            if field == b"data":
+            if field in (b"data", b"error"):
                 self._data.append(value.removeprefix(b" "))
-            elif field == b"event":
-                self._name = value.strip()
-            elif field == b"error":
-                self._name = field
-                self._data.append(value.removeprefix(b" "))
+                self._size += len(line)
+            if field in (b"event", b"error"):
+                self._name = value.strip() if field == b"event" else field
+            if max(len(line), self._size) > self._limit:
+                self.too_large = True
+                break
         return events

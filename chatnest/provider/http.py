@@ -9,6 +9,7 @@ does not reach the provider: https://github.com/encode/httpcore/issues/943).
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from functools import cache, lru_cache
@@ -20,7 +21,9 @@ import httpx2
 
 CONNECT_SECONDS: Final = 10
 KEEP_ALIVE_SECONDS: Final = 4  # less than uvicorn's 5: a request that meets a closing connection counts as billed
-MAX_BUFFERED: Final = 32 * 1024  # aiohttp stops reading at twice as much
+MAX_BUFFERED: Final = 16 * 1024  # bytes of an answer; aiohttp stops reading at twice as much
+MAX_RECEIVED: Final = 32 * 1024  # bytes that the kernel takes meanwhile, and aiohttp from it at once
+MAX_HEADER_BYTES: Final = 64 * 1024
 MAX_REFUSAL_BYTES: Final = 64 * 1024
 REFUSAL_SECONDS: Final = 2  # for the rest of a refusal's words
 
@@ -48,13 +51,17 @@ class HTTPClient(httpx2.AsyncClient):
 
     def __init__(self) -> None:
         super().__init__(transport=_Nothing(), trust_env=False)
-        connector = aiohttp.TCPConnector(ssl=tls(), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
+        connector = aiohttp.TCPConnector(
+            ssl=tls(), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, socket_factory=_socket
+        )
         self._session = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             read_bufsize=MAX_BUFFERED,
+            max_field_size=MAX_HEADER_BYTES,  # a security policy may be long
+            max_line_size=MAX_HEADER_BYTES,
         )
 
     def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:
@@ -84,6 +91,14 @@ class HTTPClient(httpx2.AsyncClient):
         await self._session.close()
 
 
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """With little room in the kernel: a provider that is faster than the reader waits, and not its bytes here."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MAX_RECEIVED)
+    return made
+
+
 class _Received(httpx2.AsyncByteStream):
     def __init__(self, response: aiohttp.ClientResponse, request: httpx2.Request) -> None:
         self._response = response
@@ -111,7 +126,10 @@ class _Received(httpx2.AsyncByteStream):
         return said
 
     async def aclose(self) -> None:
-        self._response.close()  # the socket too, unless the body was read to its end
+        connection = self._response.connection  # None once the body was read to its end: it is kept
+        if connection and connection.transport:
+            connection.transport.abort()  # closed politely, TLS waits for an answer, uvloop's for 30 seconds
+        self._response.close()
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +140,9 @@ def _parsed(url: str) -> httpx2.URL:
 @cache
 def tls() -> ssl.SSLContext:
     """Python's defaults: the system's authorities, or those of SSL_CERT_FILE; names are checked."""
-    return ssl.create_default_context()
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 @lru_cache(maxsize=64)

@@ -25,10 +25,10 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 def inside() -> dict[str, Any]:
-    stream, batcher = sys.modules.get("chatnest.stream"), sys.modules.get("chatnest.ledger.batcher")
+    slots, batcher = sys.modules.get("chatnest.slots"), sys.modules.get("chatnest.ledger.batcher")
     return {
         "modules": sorted(sys.modules),
         "tasks": len(asyncio.all_tasks()),
-        "streams": stream.Place._taken if stream else 0,
+        "streams": len(slots.StreamSlot._taken) if slots else 0,
         "leases": len(batcher.batcher._live) if batcher else 0,
     }

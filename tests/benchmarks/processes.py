@@ -69,9 +69,17 @@ class Serving:
 
 @contextmanager
 def serving(
-    *command: str, port: int, env: Mapping[str, str] | None = None, cwd: Path = ROOT, cpu: int | None = None
+    *command: str,
+    port: int,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    cpu: int | None = None,
+    patience: float = 60,
 ) -> Iterator[Serving]:
-    """Run ``command``, which serves ``port``, for as long as the context lasts; on one core, if named."""
+    """Run ``command``, which serves ``port`` within ``patience`` seconds, for as long as the context lasts.
+
+    On one core, if named.
+    """
     with tempfile.TemporaryDirectory(prefix="chatnest-served-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
@@ -81,7 +89,7 @@ def serving(
         try:
             if cpu is not None:
                 process.cpu_affinity([cpu])
-            _wait_for(port, process, log)
+            _wait_for(port, process, log, patience)
             yield Serving(port, process, log)
         finally:
             with suppress(psutil.NoSuchProcess):
@@ -93,8 +101,8 @@ def serving(
                 process.wait()
 
 
-def _wait_for(port: int, process: psutil.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 60
+def _wait_for(port: int, process: psutil.Popen, log: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
     with socket.socket() as probe:
         while probe.connect_ex(("127.0.0.1", port)):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -123,7 +131,8 @@ def chatnest(
         "DATABASE_URL": database_url,
         "OPENAI_API_KEY": "sk-benchmarks",
         "OPENAI_BASE_URL": upstream_url,
-        "CHATNEST_CHANGES": json.dumps(changes),
+        # The scripted provider counts as OpenAI does: a prompt's bound is exact.
+        "CHATNEST_CHANGES": json.dumps({"PROVIDERS": {"default": {"TOKENIZER": "o200k_base"}}, **changes}),
     }
     return serving(*command.split(), port=port, env=env, cpu=cpu)
 

@@ -15,6 +15,7 @@ CHATNEST = {
     "ALLOW_ANONYMOUS": True,
     "TRUSTED_PROXIES": 1,  # each client says who it is, and pays for itself
     "SITE_DAILY_TOKEN_LIMIT": 10**12,
+    "ANONYMOUS_DAILY_TOKEN_LIMIT": 10**12,
     "MAX_STREAMS_PER_PROCESS": 20_000,
     **json.loads(os.environ.get("CHATNEST_CHANGES", "{}")),
 }

@@ -26,6 +26,15 @@ def create_profiles(apps, schema_editor):
         )
 
 
+def create_accounts(apps, schema_editor):
+    Account = apps.get_model("chatnest", "Account")
+    for name in ("site", "anonymous"):
+        Account.objects.using(schema_editor.connection.alias).get_or_create(name=name)
+
+
 class Migration(migrations.Migration):
     dependencies = [("chatnest", "0001_initial")]
-    operations = [migrations.RunPython(create_profiles, migrations.RunPython.noop)]
+    operations = [
+        migrations.RunPython(create_profiles, migrations.RunPython.noop),
+        migrations.RunPython(create_accounts, migrations.RunPython.noop),
+    ]

@@ -1,0 +1,173 @@
+"""Refusals: remembered, so that the next one costs little, and counted, so that operators see who was refused and why.
+
+Both are bounded, and neither is exact. What is not remembered is asked of the ledger. Counts are summed in memory and
+written once a second at most: a process that dies loses its last ones, and whose names are too many are counted
+together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from functools import partial
+from typing import Final
+
+from django.utils import timezone
+
+from .accounts import ANONYMOUS, SITE, is_stranger
+from .conf import settings, today
+from .errors import ChatError, DailyBudgetExceeded, RateLimited
+from .ledger.batcher import batcher
+from .ledger.bulk import insert, run, table
+from .models import Refusal
+from .policy import Terms
+
+MOST_REMEMBERED: Final = 10_000
+MOST_NAMES: Final = 1000  # counted by name, of a process and a day
+BUDGET_SECONDS: Final = 1.0
+WRITE_SECONDS: Final = 1.0
+AWAY_SECONDS: Final = 10.0  # after a write that failed
+DETAIL_LENGTH: Final = 200
+
+Key = tuple[date, str, str]  # the day, the account, the code
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """That these terms were refused, for so many seconds in which it cannot have changed."""
+
+    refusal: ChatError
+    terms: Terms
+    at: datetime
+    seconds: float
+
+    def again(self, terms: Terms) -> ChatError | None:
+        age = (timezone.now() - self.at).total_seconds()
+        if not (0 <= age < self.seconds and self._covers(terms)):
+            return None
+        wait = (self.refusal.retry_after or 0) - age
+        return type(self.refusal)(self.refusal.message, retry_after=wait, detail=self.refusal.detail)
+
+    def _covers(self, terms: Terms) -> bool:
+        """Whether what refused the one refuses the other: an edit, or less of a client's own tightening, may not."""
+        if isinstance(self.refusal, RateLimited):
+            rate, before = terms.limits, self.terms.limits
+            return (rate.rate_max_requests, rate.rate_window_seconds) == (
+                before.rate_max_requests,
+                before.rate_window_seconds,
+            )
+        budgets = self.terms.budgets
+        return terms.budgets.keys() == budgets.keys() and all(
+            limit <= budgets[name] for name, limit in terms.budgets.items()
+        )
+
+
+@dataclass(slots=True)
+class Tally:
+    count: int
+    last_at: datetime
+    last_detail: str
+
+
+class Refusals:
+    """Of one process."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """A new process's state: also after a fork, or what the parent counted would be written twice."""
+        self._remembered: dict[tuple[str, str], Remembered] = {}  # by payer and profile, the oldest first
+        self._tallies: dict[Key, Tally] = {}
+        self._named: set[Key] = set()
+        self._day: date | None = None
+        self._writer: asyncio.Task[None] | None = None
+
+    # Remembered.
+
+    def recall(self, terms: Terms) -> ChatError | None:
+        """The refusal that the ledger would give again, or None: then it must be asked."""
+        found = self._remembered.get(_payer_and_profile(terms))
+        return found.again(terms) if found else None
+
+    def remember(self, terms: Terms, refusal: ChatError) -> None:
+        """Of rate: until one more request fits. Of a budget: for a second, as anything that settles may change it."""
+        # What is told to wait is rounded up; and nobody is refused too long.
+        seconds = (refusal.retry_after or 0) - 1.0
+        if isinstance(refusal, DailyBudgetExceeded):
+            seconds = min(seconds, BUDGET_SECONDS)
+        elif not isinstance(refusal, RateLimited):
+            return
+        key = _payer_and_profile(terms)
+        self._remembered.pop(key, None)
+        if seconds > 0:
+            self._remembered[key] = Remembered(refusal, terms, timezone.now(), seconds)
+            if len(self._remembered) > MOST_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+
+    # Counted.
+
+    def note(self, payer: str, refusal: ChatError) -> None:
+        """Count it. Within a second or two operators see it."""
+        key = self._key(payer, refusal.code)
+        tally = self._tallies.setdefault(key, Tally(0, timezone.now(), ""))
+        tally.count += 1
+        tally.last_at, tally.last_detail = timezone.now(), refusal.detail[:DETAIL_LENGTH]
+        if self._writer is None or self._writer.done() or self._writer.get_loop().is_closed():
+            self._writer = asyncio.get_running_loop().create_task(self._write_while_there_is_any())
+
+    def _key(self, payer: str, code: str) -> Key:
+        """Under the payer's name; of so many that a day has, under what they share."""
+        day = today()
+        if day != self._day:
+            self._day, self._named = day, set()
+        key = (day, payer, code)
+        if key not in self._named:
+            if len(self._named) >= MOST_NAMES:
+                return day, ANONYMOUS if is_stranger(payer) else SITE, code
+            self._named.add(key)
+        return key
+
+    async def _write_while_there_is_any(self) -> None:
+        pause = WRITE_SECONDS
+        while self._tallies:
+            await asyncio.sleep(pause)
+            tallies, self._tallies = self._tallies, {}
+            rows = [_row(*each) for each in sorted(tallies.items())]
+            try:
+                await batcher.query(partial(_write, rows))
+                pause = WRITE_SECONDS
+            except ChatError:  # the database is away
+                pause = AWAY_SECONDS
+                self._keep(tallies)
+
+    def _keep(self, tallies: dict[Key, Tally]) -> None:
+        for key, tally in tallies.items():
+            newer = self._tallies.setdefault(key, tally)
+            if newer is not tally:
+                newer.count += tally.count
+
+
+def _payer_and_profile(terms: Terms) -> tuple[str, str]:
+    return next(iter(terms.budgets)), terms.profile
+
+
+def _row(key: Key, tally: Tally) -> dict[str, object]:
+    day, account, code = key
+    return {"day": day, "account": account, "code": code, **asdict(tally)}
+
+
+def _write(rows: list[dict[str, object]]) -> None:
+    alias = settings.DATABASE_ALIAS
+    more = (
+        'ON CONFLICT ("day", "account", "code") DO UPDATE SET '
+        f'"count" = {table(Refusal)}."count" + excluded."count", '
+        '"last_at" = excluded."last_at", "last_detail" = excluded."last_detail"'
+    )
+    run(alias, insert(alias, Refusal, rows, more))
+
+
+refusals: Final = Refusals()
+os.register_at_fork(after_in_child=refusals.clear)

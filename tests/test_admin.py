@@ -1,0 +1,385 @@
+"""The admin: what an operator sees is what is in force, and what is saved there works."""
+
+from __future__ import annotations
+
+import html
+import re
+from datetime import date
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.core.exceptions import ValidationError
+from django.db import IntegrityError, transaction
+from django.test import Client as Browser
+from django.urls import reverse
+
+from chatnest.conf import today
+from chatnest.limits import DEFAULT_PROFILES
+from chatnest.models import Account, DailyUsage, Profile
+
+from .client import Client
+from .conftest import Configure, EditProfile, on_sqlite
+
+pytestmark = on_sqlite
+
+
+@pytest.fixture
+def admin(database: str) -> Browser:
+    browser = Browser()
+    browser.force_login(User.objects.create_superuser("operator"))
+    return browser
+
+
+def page(admin: Browser, name: str, *args: Any, **query: str) -> str:
+    response = admin.get(reverse(f"admin:chatnest_{name}", args=args), query)
+    assert response.status_code == 200
+    return response.content.decode()
+
+
+def form_of(row: Any, **changes: Any) -> dict[str, Any]:
+    """What a browser sends from the row's page, after these changes."""
+    typed = {field.name: field.value_from_object(row) for field in row._meta.fields} | changes
+    sent = {name: value for name, value in typed.items() if value is not None and value is not False}
+    return {name: "on" if value is True else value for name, value in sent.items()}
+
+
+def save(admin: Browser, row: Any, **changes: Any) -> dict[str, list[str]]:
+    """Save the row's page. Returns its errors by field; none if it was saved."""
+    model = row._meta.model_name
+    path = (
+        reverse(f"admin:chatnest_{model}_change", args=[row.pk]) if row.pk else reverse(f"admin:chatnest_{model}_add")
+    )
+    response = admin.post(path, form_of(row, **changes))
+    if response.status_code == 302:
+        return {}
+    assert response.context is not None
+    return dict(response.context["adminform"].form.errors)
+
+
+# Profiles.
+
+
+@pytest.mark.parametrize("name", DEFAULT_PROFILES)
+def test_the_three_profiles_are_edited_and_neither_renamed_nor_deleted(
+    admin: Browser, edit_profile: EditProfile, name: str
+) -> None:
+    row = Profile.objects.get(name=name)
+    assert save(admin, row, name="standard", daily_token_limit=1234) == {}
+    row.refresh_from_db()
+    assert (row.name, row.daily_token_limit) == (name, 1234)
+    assert 'class="deletelink"' not in page(admin, "profile_change", row.pk)
+    assert admin.post(reverse("admin:chatnest_profile_delete", args=[row.pk]), {"post": "yes"}).status_code == 403
+    both = [row.pk, edit_profile("vip").pk]
+    many = {"action": "delete_selected", "_selected_action": both, "post": "yes"}
+    assert admin.post(reverse("admin:chatnest_profile_changelist"), many).status_code == 403
+    assert Profile.objects.count() == 4
+
+
+def test_a_profile_of_the_operators_own_is_renamed_and_deleted(admin: Browser, edit_profile: EditProfile) -> None:
+    row = edit_profile("vip")
+    assert save(admin, row, name="important") == {}
+    assert Profile.objects.get(pk=row.pk).name == "important"
+    assert admin.post(reverse("admin:chatnest_profile_delete", args=[row.pk]), {"post": "yes"}).status_code == 302
+    assert not Profile.objects.filter(pk=row.pk).exists()
+
+
+def test_the_providers_of_the_settings_are_a_choice(
+    admin: Browser, configure: Configure, edit_profile: EditProfile
+) -> None:
+    configure(PROVIDERS={"local": {"BASE_URL": "http://127.0.0.1:8080/v1"}})
+    row = edit_profile("vip")
+    choices = page(admin, "profile_change", row.pk)
+    assert '<option value="default" selected>' in choices
+    assert '<option value="local">' in choices
+    assert save(admin, row, provider="local") == {}
+    assert Profile.objects.get(pk=row.pk).provider == "local"
+
+
+def test_a_provider_that_the_settings_have_no_more_is_shown_and_not_saved(
+    admin: Browser, edit_profile: EditProfile
+) -> None:
+    row = edit_profile("vip", provider="gone")
+    assert '<option value="gone" selected>' in page(admin, "profile_change", row.pk)
+    assert save(admin, row) == {"provider": ["The settings have no provider of this name."]}
+
+
+# Accounts: their names.
+
+
+@pytest.fixture
+def ada(database: str) -> User:
+    return User.objects.create_user("ada", pk=35)
+
+
+def add(admin: Browser, name: str, **typed: Any) -> dict[str, list[str]]:
+    return save(admin, Account(name=name), **typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("user:35", "user:35"),
+        (" user:35 ", "user:35"),
+        ("ip:192.0.2.1", "ip:192.0.2.1"),
+        ("ip:192.0.2.1:8080", "ip:192.0.2.1"),
+        ("ip:2001:DB8::1", "ip:2001:db8::1"),
+        ("ip:2A00:1450:4001:081B::1", "ip:2a00:1450:4001:81b::"),
+        ("ip:::ffff:192.0.2.1", "ip:192.0.2.1"),
+        ("ip:unknown", "ip:unknown"),
+        ("key:3", "key:3"),
+    ],
+)
+def test_an_account_is_saved_under_the_name_that_requests_are_charged_to(
+    admin: Browser, ada: User, typed: str, name: str
+) -> None:
+    assert add(admin, typed, paused=True) == {}
+    assert Account.objects.exclude(name__in=["site", "anonymous"]).get().name == name
+
+
+NO_REQUEST = "No request is charged to {}. Did you mean {}?"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Site", NO_REQUEST.format("Site", "site")),
+        ("sites", NO_REQUEST.format("sites", "site")),
+        ("Anonymous", NO_REQUEST.format("Anonymous", "anonymous")),
+        ("User:35", NO_REQUEST.format("User:35", "user:35")),
+        ("users: 35", NO_REQUEST.format("users: 35", "user:35")),
+        ("IP:192.0.2.1", NO_REQUEST.format("IP:192.0.2.1", "ip:192.0.2.1")),
+        ("192.0.2.1:80", NO_REQUEST.format("192.0.2.1:80", "ip:192.0.2.1")),
+        ("ada", NO_REQUEST.format("ada", "user:35")),
+        ("team", "No request is charged to team. Accounts are named like site, user:7 or ip:192.0.2.1."),
+        ("team:blue", "No request is charged to team:blue. Accounts are named like site, user:7 or ip:192.0.2.1."),
+        ("user:ada", "There is no user with the primary key ada. Did you mean user:35?"),
+        ("user:36", "There is no user with the primary key 36."),
+        ("user:", "There is no user with the primary key ."),
+        ("user:99999999999999999999", "There is no user with the primary key 99999999999999999999."),
+        ("user:035", "Did you mean user:35?"),
+        ("ip:192.0.2", "192.0.2 is no IP address."),
+        ("ip:192.0.2.0/24", "192.0.2.0/24 is no IP address."),
+        ("key:", "Which key?"),
+        ("", "This field is required."),
+        ("a\tb", "Use text of 1 to 200 characters, without control characters or space at an end."),
+    ],
+)
+def test_a_name_that_nothing_is_charged_to_is_refused_with_a_hint(
+    admin: Browser, ada: User, name: str, problem: str
+) -> None:
+    assert add(admin, name, paused=True) == {"name": [problem]}
+    assert Account.objects.count() == 2
+
+
+def test_what_a_sites_own_rule_charges_can_be_paused_and_a_slip_is_none_of_it(
+    admin: Browser, ada: User, configure: Configure
+) -> None:
+    configure(PAYER=lambda request, accounts: accounts)
+    for name in ["team:blue", "ada", "acme", 'équipe "bleue" 😀', "user:two words"]:
+        if name.startswith("user:"):
+            DailyUsage.objects.create(day=date(2026, 11, 1), account=name)
+        assert add(admin, name, paused=True) == {}
+        assert Account.objects.get(name=name).paused
+    assert add(admin, "Site") == {"name": [NO_REQUEST.format("Site", "site")]}
+    assert add(admin, "user:36") == {"name": ["There is no user with the primary key 36."]}
+
+
+def test_what_has_been_charged_can_be_paused_whatever_it_is_called(admin: Browser) -> None:
+    """A tenant called Site pays; a user who was deleted did, and may be looked at."""
+    for name in ["sites", "user:36", "tenant:acme"]:
+        DailyUsage.objects.create(day=date(2026, 11, 1), account=name)
+        assert add(admin, name, paused=True) == {}
+
+
+def test_users_whose_primary_key_has_a_space_can_be_paused(client: Client, configure: Configure) -> None:
+    configure(PAYER=lambda request, accounts: ["user:two words"])
+    assert client.chat().status == 200
+    Account(name="user:two words", paused=True).full_clean()
+    Account.objects.create(name="user:two words", paused=True)
+    assert client.chat().json["code"] == "paused"
+
+
+def test_an_address_is_one_account_however_code_writes_it(database: str) -> None:
+    assert Account.objects.create(name="ip:2001:DB8::1").name == "ip:2001:db8::1"
+    with pytest.raises(ValidationError, match="already exists"):
+        Account(name="ip:2001:0db8::1").full_clean()
+
+
+# Accounts: what is in force.
+
+
+def in_force(admin: Browser, name: str) -> str:
+    """What the list says of the account."""
+    rows = re.findall(r'<th class="field-name">.*?</tr>', page(admin, "account_changelist"), re.DOTALL)
+    (row,) = [row for row in rows if f">{name}</a>" in row]
+    (cell,) = re.findall(r'<td class="field-in_force_today">(.*?)</td>', row)
+    (state,) = re.findall(r'<td class="field-state">(.*?)</td>', row)
+    text = re.sub("<.*?>", "", state) + ": " + cell
+    assert cell in page(admin, "account_change", Account.objects.get(name=name).pk)
+    return html.unescape(text)
+
+
+def test_the_list_says_what_is_in_force_and_why(admin: Browser, ada: User, edit_profile: EditProfile) -> None:
+    assert in_force(admin, "site") == "Running: 500,000 (500,000 by SITE_DAILY_TOKEN_LIMIT)"
+    assert in_force(admin, "anonymous") == "Running: 100,000 (100,000 by ANONYMOUS_DAILY_TOKEN_LIMIT)"
+    row = Account.objects.create(name="user:35")
+    assert in_force(admin, "user:35") == "Running: 200,000 (200,000 by expanded)"
+    assert save(admin, row, daily_token_limit=5000) == {}
+    assert in_force(admin, "user:35") == "Running: 5,000 (200,000 by expanded, lowered to 5,000)"
+    assert save(admin, row, daily_token_limit=5000, extra_tokens=700) == {}
+    told = "Running: 5,700 (200,000 by expanded, lowered to 5,000, 700 more today)"
+    assert in_force(admin, "user:35") == told
+    assert save(admin, row, profile=edit_profile("vip", daily_token_limit=10**9).pk) == {}
+    assert in_force(admin, "user:35") == "Running: 500,000 (500,000 by vip)"
+    assert save(admin, row, paused=True) == {}
+    assert in_force(admin, "user:35") == "Paused: none: user:35 is paused"
+    edit_profile("vip", enabled=False)
+    assert save(admin, row, profile=Profile.objects.get(name="vip").pk) == {}
+    assert in_force(admin, "user:35") == "Running: 0 (0 by no profile)"
+
+
+def test_the_list_says_that_everybody_is_stopped(admin: Browser) -> None:
+    Account.objects.create(name="ip:192.0.2.1")
+    Account.objects.create(name="key:3")
+    Account.objects.filter(name="anonymous").update(paused=True)
+    assert in_force(admin, "ip:192.0.2.1") == "Running: none: anonymous is paused"
+    assert in_force(admin, "key:3").startswith("Running: 200,000")
+    Account.objects.filter(name="site").update(paused=True)
+    assert in_force(admin, "key:3") == "Running: none: site is paused"
+
+
+def test_paused_is_a_word_and_no_green_tick(admin: Browser) -> None:
+    Account.objects.filter(name="site").update(paused=True)
+    listed = page(admin, "account_changelist")
+    assert "<strong>Paused</strong>" in listed
+    assert "icon-yes" not in listed and "icon-no" not in listed
+
+
+def test_what_operators_are_told_is_not_eaten_as_html(admin: Browser) -> None:
+    """Django shows a help text as HTML, and nothing of it is meant as a tag."""
+    for model in (Profile, Account):
+        for field in model._meta.fields:
+            assert not set("<>&") & set(field.help_text), field
+    assert "user:7 (its primary key), ip:192.0.2.1 or key:3" in page(admin, "account_add")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "problem"),
+    [
+        ("site", 500_001, "500,000 by SITE_DAILY_TOKEN_LIMIT"),
+        ("anonymous", 100_001, "100,000 by ANONYMOUS_DAILY_TOKEN_LIMIT"),
+        ("ip:192.0.2.1", 200_001, "200,000 by expanded"),
+        ("team:blue", 500_001, "500,000 by HARD_CAPS"),
+    ],
+)
+def test_a_limit_that_would_change_nothing_is_refused(
+    admin: Browser, configure: Configure, name: str, limit: int, problem: str
+) -> None:
+    configure(PAYER=lambda request, accounts: accounts)
+    row = Account.objects.filter(name=name).first() or Account(name=name)
+    assert save(admin, row, daily_token_limit=limit) == {
+        "daily_token_limit": [f"This would change nothing: {problem}."]
+    }
+    assert save(admin, row, daily_token_limit=limit - 1) == {}
+
+
+def test_a_limit_is_measured_by_the_profile_that_is_forced_with_it(admin: Browser, edit_profile: EditProfile) -> None:
+    small = edit_profile("small", daily_token_limit=1000)
+    problem = {"daily_token_limit": ["This would change nothing: 1,000 by small."]}
+    assert add(admin, "key:3", profile=small.pk, daily_token_limit=1001) == problem
+    assert add(admin, "key:3", profile=small.pk, daily_token_limit=999) == {}
+
+
+def test_an_old_limit_that_changes_nothing_any_more_keeps_nobody_from_pausing(
+    admin: Browser, edit_profile: EditProfile
+) -> None:
+    row = Account.objects.create(
+        name="ip:192.0.2.1", daily_token_limit=150_000, extra_tokens=5, extra_day=date(2020, 1, 1)
+    )
+    for name in DEFAULT_PROFILES:
+        edit_profile(name, daily_token_limit=1000)
+    assert save(admin, row, paused=True) == {}
+    assert Account.objects.get(pk=row.pk).paused
+
+
+def test_the_shared_accounts_stay(admin: Browser) -> None:
+    for name in ("site", "anonymous"):
+        row = Account.objects.get(name=name)
+        assert save(admin, row, name="other", paused=True) == {}
+        row.refresh_from_db()
+        assert (row.name, row.paused) == (name, True)
+        assert 'class="deletelink"' not in page(admin, "account_change", row.pk)
+        assert admin.post(reverse("admin:chatnest_account_delete", args=[row.pk]), {"post": "yes"}).status_code == 403
+        row.name = "ip:192.0.2.1"
+        with pytest.raises(ValidationError, match="it keeps it"):
+            row.full_clean()
+    everything = {"action": "delete_selected", "_selected_action": list(Account.objects.values_list("pk", flat=True))}
+    assert admin.post(reverse("admin:chatnest_account_changelist"), everything | {"post": "yes"}).status_code == 403
+    assert Account.objects.count() == 2
+
+
+def test_another_account_is_deleted(admin: Browser) -> None:
+    row = Account.objects.create(name="ip:192.0.2.1", paused=True)
+    assert admin.post(reverse("admin:chatnest_account_delete", args=[row.pk]), {"post": "yes"}).status_code == 302
+    assert Account.objects.count() == 2
+
+
+def test_a_search_for_a_whole_name_finds_it_alone(admin: Browser) -> None:
+    for name in ["user:35", "user:3500", "ip:2001:db8::1"]:
+        Account.objects.create(name=name)
+
+    def found(text: str) -> list[str]:
+        return re.findall(r'field-name"><a [^>]*>([^<]*)</a>', page(admin, "account_changelist", q=text))
+
+    assert found("user:35") == ["user:35"]
+    assert found("user:3") == ["user:35", "user:3500"]
+    assert found("IP:2001:DB8::1") == found("ip:2001:DB8::1") == ["ip:2001:db8::1"]
+    assert found("35") == ["user:35", "user:3500"]
+
+
+# More for one day.
+
+
+def test_more_for_today_is_granted_and_in_force_at_once(admin: Browser, client: Client) -> None:
+    row = Account.objects.create(name="ip:127.0.0.1", daily_token_limit=50)
+    assert client.chat().json["code"] == "daily_budget_exceeded"
+    assert save(admin, row, extra_tokens=1000) == {}
+    row.refresh_from_db()
+    assert (row.extra_tokens, row.extra_day) == (1000, today())
+    assert client.chat().data("usage")["remainingToday"] == 1050 - 14
+
+
+def test_a_grant_that_is_taken_back_leaves_no_day(admin: Browser) -> None:
+    row = Account.objects.create(name="ip:192.0.2.1", extra_tokens=1000, extra_day=today())
+    assert save(admin, row, extra_tokens="") == {}
+    row.refresh_from_db()
+    assert (row.extra_tokens, row.extra_day) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ({"extra_tokens": 5, "extra_day": "2020-01-01"}, {"extra_day": ["This day is over."]}),
+        ({"extra_tokens": -5}, {"extra_tokens": ["Ensure this value is greater than or equal to 0."]}),
+    ],
+)
+def test_a_grant_that_cannot_be_meant_is_refused(
+    admin: Browser, typed: dict[str, Any], problem: dict[str, list[str]]
+) -> None:
+    assert add(admin, "ip:192.0.2.1", **typed) == problem
+
+
+def test_a_grant_above_what_the_code_allows_is_refused(admin: Browser, edit_profile: EditProfile) -> None:
+    site = Account.objects.get(name="site")
+    problem = ["This would change nothing: 500,000 by SITE_DAILY_TOKEN_LIMIT, and no more may be."]
+    assert save(admin, site, extra_tokens=5) == {"extra_tokens": problem}
+    large = edit_profile("large", daily_token_limit=10**9)
+    problem = ["This would change nothing: 500,000 by large, and no more may be."]
+    assert add(admin, "ip:192.0.2.1", profile=large.pk, extra_tokens=5) == {"extra_tokens": problem}
+
+
+def test_a_number_of_tokens_has_its_day_in_the_database_too(database: str) -> None:
+    for half in ({"extra_tokens": 5}, {"extra_day": date(2026, 11, 25)}):
+        with pytest.raises(IntegrityError), transaction.atomic():
+            Account.objects.create(name="ip:192.0.2.1", **half)
