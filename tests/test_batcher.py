@@ -748,10 +748,11 @@ def leases(database: str) -> list[Any]:
 
 
 def test_all_live_streams_are_renewed_by_one_statement(database: str, configure: Configure) -> None:
-    configure(LEASE_SECONDS=0.6)
+    configure(LEASE_SECONDS=1.5)
 
     async def story() -> tuple[list[Live], Spy]:
-        streams = [Live(await batcher.reserve(ask(f"user:{n}"))) for n in range(10)]
+        holds = await asyncio.gather(*(batcher.reserve(ask(f"user:{n}")) for n in range(10)))
+        streams = [Live(hold) for hold in holds]
         for stream in streams:
             batcher.watch(stream)
         return streams, await spied(database)

@@ -1,8 +1,13 @@
-"""The ledger: the only writer of what is spent, and its async door (``batcher``).
+"""The ledger: the only writer of what is spent. Reserve before the upstream is called, settle when it ends.
 
-Reserve before the upstream is called, settle when it ends. ``operations`` can be asked, ``decisions`` answers them
-in one transaction, whose rows are in ``book``; ``bulk`` writes many in few statements. ``charges`` says what an answer
-costs, ``leases`` what a crash does, ``days`` when a budget is renewed. ``audit`` proves, mends and prunes.
+Its files:
+
+    operations, charges      what it can be asked; what an answer costs
+    decisions, leases        how it decides; what a crash does. ``days``: when a budget is renewed
+    transactions             all or nothing, again where another was in the way
+    book, rows, statements   one transaction's rows. ``bulk``: many in few statements
+    batcher                  its async door; ``worker`` the thread behind it, ``jobs`` what waits, ``outage`` the log's
+    audit                    proving, mending, pruning
 """
 
 from .days import day_ends, today

@@ -106,9 +106,8 @@ def charge(
 
 def _reported(hold: Hold, received: Received, report: Report) -> Charge:
     """As reported; but a zero is no report of what was sent, or was received: that counts as counted."""
-    if report.total_tokens and not (
-        report.prompt_tokens or report.completion_tokens
-    ):  # the total alone: its parts are a guess
+    if report.total_tokens and not (report.prompt_tokens or report.completion_tokens):
+        # The total alone: its parts are a guess.
         total = max(report.total_tokens, received.tokens)
         prompt = total - received.tokens
         return Charge(
