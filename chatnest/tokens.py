@@ -175,7 +175,7 @@ class TokenCounter:
         return (
             2 * self.pieces <= self.bytes <= self.TOKEN * self.pieces
             and self.spaces <= self.pieces
-            and self._counted <= (8 if self._is_ascii else 4) * self.pieces
+            and (self._is_ascii or self._counted <= 4 * self.pieces)
         )
 
     def _slice(self) -> None:
