@@ -127,8 +127,9 @@ class Batcher:
             try:
                 if self._thread is None:
                     worker = Worker(self._queue, self._live, self._outage, self._give_back)
-                    self._thread = threading.Thread(target=worker.run, name="chatnest-ledger", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=worker.run, name="chatnest-ledger", daemon=True)
+                    thread.start()
+                    self._thread = thread  # who closes joins it, so not before it runs
             finally:
                 self._starting.release()
 

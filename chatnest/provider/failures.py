@@ -94,7 +94,7 @@ _KEY: Final = _Meaning(
     "wrong key",
     UpstreamMisconfigured,
     "401 invalid_api_key authentication_error invalid_authentication_error auth_error token_not_found_in_db"
-    " expired_key api_key_invalid unauthorized unauthenticated",
+    " expired_key api_key_invalid unauthorized unauthenticated no_db_connection",
     r"(?:incorrect|invalid|expired|missing)[ _](?:x-)?api[ _-]?key|api key (?:not valid|is invalid)",
 )
 _MODEL: Final = _Meaning(
