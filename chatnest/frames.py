@@ -41,17 +41,19 @@ class Frames:
             self._unread += frames
             _wake(self._reader)
 
-    async def room(self) -> bool:
-        """Wait until the reader has taken enough. Whether there was anything to wait for."""
-        if len(self._unread) <= MAX_UNREAD:
-            return False
-        while len(self._unread) > MAX_UNREAD:
+    @property
+    def are_enough(self) -> bool:
+        """The writer should wait for ``room``."""
+        return len(self._unread) > MAX_UNREAD
+
+    async def room(self) -> None:
+        """Wait until the reader has taken enough."""
+        while self.are_enough:
             self._writer = self._loop.create_future()
             try:
                 await self._writer
             finally:
                 self._writer = None
-        return True
 
     async def take(self) -> bytes:
         """All that is unread, once there is something. Raises StopAsyncIteration after the end."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Self
 
 from .conf import provider, settings
@@ -50,8 +50,8 @@ class ChatStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> bytes:
-        return await self._chat.next_frames()
+    def __anext__(self) -> Awaitable[bytes]:
+        return self._chat.next_frames()
 
     async def aclose(self) -> None:
         self._chat.leave()
@@ -109,12 +109,11 @@ class Chat:
 
     # For the reader, and for operators.
 
-    async def next_frames(self) -> bytes:
+    def next_frames(self) -> Awaitable[bytes]:
         """What there is to write. Raises StopAsyncIteration after the end."""
-        if self._pump or self._settled:
-            return await self._frames.take()
-        self._begin()
-        return chatnest.START
+        if not (self._pump or self._settled):
+            self._begin()
+        return self._frames.take()
 
     def leave(self) -> None:
         """Nobody reads any more."""
@@ -153,6 +152,7 @@ class Chat:
         batcher.watch(self)
         self._reading = asyncio.current_task()
         self._began = self._heard = self._frames.taken = self._loop.time()
+        self._frames.write(chatnest.START)
         self._pump = self._loop.create_task(self._run())
         _pumps.add(self._pump)
         self._pump.add_done_callback(_pumps.discard)
@@ -187,10 +187,11 @@ class Chat:
                 if self._received.exceeds(limit):
                     self._cut = True
                     return await call.close()
-                self._behind = True
-                if await self._frames.room():
+                if self._frames.are_enough:
+                    self._behind = True
+                    await self._frames.room()
+                    self._behind = False
                     self._heard = self._loop.time()
-                self._behind = False
         except asyncio.CancelledError:
             if self._why is None:
                 raise

@@ -36,15 +36,15 @@ class BorrowedThread(Executor):
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         if self._thread is None:
             self._thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, "chatnest-request")
+        if self._thread is ENDS:
+            return ENDS.submit(_at_the_end, fn, *args, **kwargs)
         return self._thread.submit(fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         thread, self._thread = self._thread, None
-        if thread is None:
+        if thread is None or thread is ENDS:
             return
         thread.submit(_look_after_connections)
-        if thread is ENDS:
-            return
         if len(self._idle) < IDLE_THREADS:
             self._idle.append(thread)
         else:
@@ -71,6 +71,13 @@ def let_request_thread_go() -> None:
         del SyncToAsync.context_to_thread_executor[context]  # asgiref makes another when it needs one
         executor.submit(_close_connections)
         executor.shutdown(wait=False)
+
+
+def _at_the_end(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        _look_after_connections()
 
 
 def _close_connections() -> None:

@@ -135,7 +135,10 @@ class Answer:
     def _take(self, events: list[Event]) -> list[Piece]:
         pieces: list[Piece] = []
         for name, data in events:
-            if name == b"error":
+            if not name and data[:1] == b"{":  # nearly all of them
+                for chunk in decode(data):
+                    self._take_chunk(chunk, pieces)
+            elif name == b"error":
                 self._fail(loose(data))
             elif name and name != b"message" and not data.startswith(b"{"):
                 pass  # a heartbeat with a name

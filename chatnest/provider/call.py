@@ -21,7 +21,7 @@ from ..wires import Message
 from . import failures
 from .answer import Answer
 from .chunks import Piece
-from .clients import client
+from .clients import Client, client
 from .failures import Failure
 from .http import CONNECT_SECONDS, Body
 
@@ -39,6 +39,14 @@ _HEADERS: Final[dict[str, Any]] = {
     "Accept-Encoding": "identity",  # a token is seen when it comes
     "x-stainless-retry-count": Omit(),
     "x-stainless-read-timeout": Omit(),
+}
+# Every option is said, or the package copies its defaults.
+_OPTIONS: Final[dict[str, Any]] = {
+    "timeout": _TIMEOUT,
+    "max_retries": 0,
+    "params": {},
+    "follow_redirects": False,
+    "security": {"bearer_auth": True},
 }
 _encode = msgspec.json.Encoder().encode
 
@@ -58,7 +66,7 @@ class Call:
         self._request = _request(self._provider, model, messages, max_tokens, temperature)
         self._body = Body(b"")
         self._response: httpx2.Response | None = None
-        self._received: AsyncIterator[bytes] | None = None
+        self._received: AsyncIterator[bytes]
         self.refused = False
         self._not_billed = False
         self.answer = Answer()
@@ -86,7 +94,7 @@ class Call:
         try:
             maker = client(self._provider)
             response: Any = await maker.post(
-                _path(maker, self._model),
+                _address(maker, self._model),
                 content=self._body,
                 cast_to=httpx2.Response,  # as it is: a model for each chunk would cost ten times the relay
                 stream=True,
@@ -115,8 +123,7 @@ class Call:
         keyless = not (self._provider.api_key or self._provider.client)
         if keyless and "authorization" not in map(str.lower, self._provider.headers):
             headers["Authorization"] = Omit()  # a local server wants none, and the package wants that said
-        # Every option is said, or the package copies its defaults.
-        return {"headers": headers, "timeout": _TIMEOUT, "max_retries": 0, "params": {}, "follow_redirects": False}
+        return {**_OPTIONS, "headers": headers}
 
     def _unreachable(self, error: BaseException, seconds: float) -> Failure:
         problem = UpstreamUnavailable()
@@ -127,27 +134,27 @@ class Call:
 
     async def read(self) -> list[Piece] | None:
         """What has come since, perhaps nothing; None at the end. Raises UpstreamError where the answer has failed."""
-        if not (self.answer.done or self.answer.error):
-            pieces = await self._feed()
-            if pieces or not (self.answer.done or self.answer.error):
+        answer = self.answer
+        if not (answer.done or answer.error):
+            try:
+                pieces = answer.feed(await self._received.__anext__())
+            except StopAsyncIteration:
+                pieces = answer.end()
+            except Exception as error:  # of whatever transport the site's client has
+                if not answer.may_end:
+                    logger.warning("The provider broke off: %s", _words(error))
+                pieces = answer.end(cut=True)
+            if pieces or not (answer.done or answer.error):
                 return pieces
-        if self.answer.error:  # its usage may follow
+        if answer.error:  # its usage may follow
             await self._linger(self._feed_more)
         self.check()
         return None
 
     async def _feed_more(self) -> bool:
-        await self._feed()
+        received = await self._next()
+        self.answer.feed(received) if received else self.answer.end()
         return not self.answer.done
-
-    async def _feed(self) -> list[Piece]:
-        try:
-            received = await self._next()
-        except Exception as error:  # of whatever transport the site's client has
-            if not self.answer.may_end:
-                logger.warning("The provider broke off: %s", _words(error))
-            return self.answer.end(cut=True)
-        return self.answer.feed(received) if received else self.answer.end()
 
     def check(self) -> None:
         """Raises UpstreamError if the answer has failed."""
@@ -155,7 +162,6 @@ class Call:
             raise self._logged(failures.said(self.answer.error))
 
     async def _next(self) -> bytes:
-        assert self._received
         return await anext(self._received, b"")
 
     async def close(self) -> None:
@@ -226,8 +232,10 @@ def _request(
     return request
 
 
-def _path(maker: AsyncOpenAI, model: str) -> str:
+def _address(maker: AsyncOpenAI, model: str) -> str:
     """Azure has a path for each deployment, which the package takes from a body that it encodes itself."""
+    if isinstance(maker, Client):
+        return maker.completions_url
     if isinstance(maker, AsyncAzureOpenAI) and "/deployments/" not in maker.base_url.path:
         return f"/deployments/{model}/chat/completions"
     return "/chat/completions"

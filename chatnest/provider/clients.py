@@ -39,6 +39,8 @@ class Client(AsyncOpenAI):
             max_retries=0,
             http_client=http_client,
         )
+        # Whole, or the package would take it apart and join it for each request.
+        self.completions_url = f"{self.base_url}chat/completions"
 
     @property
     def default_headers(self) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class EventDecoder:
 
     def _feed_plain(self, text: bytes) -> list[Event]:
         """What providers send: one data line an event, LF."""
+        end = text.rfind(b"\n\n")
+        lines = text[6:end].split(b"\n\ndata: ") if end > 0 and text.startswith(b"data: ") else []
+        if lines and text.count(b"\n", 0, end) == 2 * (len(lines) - 1):
+            self._carry = text[end + 2 :]
+            return [(b"", line) for line in lines]
         *blocks, self._carry = text.split(b"\n\n")
         events: list[Event] = []
         for block in blocks:

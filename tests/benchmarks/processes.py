@@ -131,7 +131,7 @@ def chatnest(
         "DATABASE_URL": database_url,
         "OPENAI_API_KEY": "sk-benchmarks",
         "OPENAI_BASE_URL": upstream_url,
-        # No TOKENIZER: a token here carries a number that OpenAI's would cut in nine, and an answer end before its time.
+        # No TOKENIZER: a token here carries a number that OpenAI's would cut in nine, so that answers end early.
         "CHATNEST_CHANGES": json.dumps(changes),
     }
     return serving(*command.split(), port=port, env=env, cpu=cpu)
