@@ -47,6 +47,7 @@ _OPTIONS: Final[dict[str, Any]] = {
     "params": {},
     "follow_redirects": False,
     "security": {"bearer_auth": True},
+    "post_parser": openai.NOT_GIVEN,
 }
 _encode = msgspec.json.Encoder().encode
 
