@@ -112,18 +112,18 @@ class TokenCounter:
     LEAST: Final = 64
     TOKEN: Final = 24  # bytes: in no language is the average token longer, and digits or code are not language
 
-    __slots__ = ("_count", "_counted", "_is_ascii", "_is_exact", "_look_at", "_text", "bytes", "pieces", "spaces")
+    __slots__ = ("_count", "_counted", "_is_ascii", "_is_exact", "_look_at", "_spaces", "_text", "bytes", "pieces")
 
     def __init__(self, model: str, provider: Provider) -> None:
         encoding = encoding_of(model, provider)
         self._count: Callable[[str], int] = (encoding and _tokenizer(encoding)) or _guess
         self._is_exact = self._count is not _guess
-        self._is_ascii = True
+        self._is_ascii = True  # what was counted
+        self._spaces = 0  # in it
         self._counted = 0
         self._text = bytearray()  # not counted yet
         self.pieces = 0
         self.bytes = 0
-        self.spaces = 0
         self._look_at = 0  # bytes: fewer cannot exceed what was asked about
 
     def add(self, text: str, pieces: int = 1) -> None:
@@ -133,8 +133,6 @@ class TokenCounter:
         received = text.encode("utf-8", "surrogatepass")
         self.pieces += pieces
         self.bytes += len(received)
-        self.spaces += received.count(b" ")
-        self._is_ascii = self._is_ascii and text.isascii()
         self._text += received
         if len(self._text) >= self.SLICE:
             self._slice()
@@ -174,12 +172,14 @@ class TokenCounter:
         """
         return (
             2 * self.pieces <= self.bytes <= self.TOKEN * self.pieces
-            and self.spaces <= self.pieces
-            and (self._is_ascii or self._counted <= 4 * self.pieces)
+            and self._spaces + self._text.count(b" ") <= self.pieces
+            and ((self._is_ascii and self._text.isascii()) or self._counted <= 4 * self.pieces)
         )
 
     def _slice(self) -> None:
         self._counted += self._uncounted()
+        self._spaces += self._text.count(b" ")
+        self._is_ascii = self._is_ascii and self._text.isascii()
         self._text.clear()
 
     def _uncounted(self) -> int:

@@ -38,6 +38,8 @@ class EventDecoder:
         """The events that are now complete."""
         if self.too_large or not received:
             return []
+        if self._is_one_event(received):
+            return [(b"", received[6:-2])]
         if self._after_cr:
             received, self._after_cr = received.removeprefix(b"\n"), False
         text = self._carry + received if self._carry else received
@@ -52,6 +54,17 @@ class EventDecoder:
             events = self._feed_plain(text)
         self.too_large |= len(self._carry) > self._limit
         return events
+
+    def _is_one_event(self, received: bytes) -> bool:
+        """A token that came alone, as most do."""
+        return (
+            self._begun
+            and not (self._carry or self._data or self._name or self._after_cr)
+            and received.startswith(b"data: ")
+            and received.endswith(b"\n\n")
+            and received.find(b"\n") == len(received) - 2 < self._limit
+            and b"\r" not in received
+        )
 
     def end(self) -> list[Event]:
         """The last event, where the bytes end without its blank line."""
