@@ -84,8 +84,8 @@ class Policy:
         payer = accounts[0]
         profile = self._profile(payer, asked)
         limits = clamp(profile.limits, hard_caps())
-        budgets = {name: self._decided(name, self._limit(name)) for name in accounts}
-        budgets[payer] = self._decided(payer, limits.daily_token_limit)
+        budgets = {payer: self._decided(payer, limits.daily_token_limit)}
+        budgets |= {name: self._decided(name, self._limit(name)) for name in accounts if name != payer}
         limits = replace(limits, daily_token_limit=budgets[payer])
         if request:
             limits = tighten(limits, request)

@@ -206,7 +206,7 @@ class Chat:
         """The call, opened. Tried again before the first byte only; what may have been billed is settled first."""
         for attempt in range(settings.UPSTREAM_MAX_RETRIES + 1):
             self._call = call = Call(
-                self.hold.provider,
+                self._provider,
                 self.hold.model,
                 self._messages,
                 max_tokens=self.hold.output_tokens,

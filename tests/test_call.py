@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sentry_sdk.transport import Transport
 
+from chatnest.conf import provider
 from chatnest.models import DailyUsage, Reservation
 from chatnest.provider.call import Call
 from chatnest.testing import FakeUpstream, Reply
@@ -462,7 +463,7 @@ class Silent(Transport):
 
 
 async def one_call() -> None:
-    call = Call("default", "gpt-4o-mini", [Message("user", "Hello!")], max_tokens=9, temperature=None)
+    call = Call(provider("default"), "gpt-4o-mini", [Message("user", "Hello!")], max_tokens=9, temperature=None)
     await call.open()
     while await call.read() is not None:
         pass

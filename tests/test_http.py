@@ -138,8 +138,8 @@ async def closed() -> None:
         await asyncio.wait(serving, timeout=10)
 
 
-def a_call() -> Call:
-    return Call("default", "gpt-4o-mini", [Message("user", "Hello!")], max_tokens=5, temperature=None)
+def a_call(provider: str = "default") -> Call:
+    return Call(configured(provider), "gpt-4o-mini", [Message("user", "Hello!")], max_tokens=5, temperature=None)
 
 
 async def read(call: Call) -> str:
@@ -565,7 +565,9 @@ def test_a_loop_closes_what_it_opened(
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             for _ in range(3):
                 assert runner.run(ask()) == "Hello world"
-                theirs = Call("theirs", "gpt-4o-mini", [Message("user", "Hi")], max_tokens=5, temperature=None)
+                theirs = Call(
+                    configured("theirs"), "gpt-4o-mini", [Message("user", "Hi")], max_tokens=5, temperature=None
+                )
                 assert runner.run(read(theirs)) == "Hello world"
             assert upstream.open_connections == 2
             assert upstream.connections_opened == 2 * loops

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from django.db import connections
 
+from chatnest.conf import provider
 from chatnest.errors import UpstreamError
 from chatnest.models import Reservation
 from chatnest.provider.call import Call
@@ -171,7 +172,7 @@ def test_a_connection_whose_answer_was_left_is_not_used_again(serve: Any, upstre
 
 async def read() -> str:
     """A call's answer, read as the pump reads it."""
-    call = Call("default", "gpt-4o-mini", [Message("user", "Hi")], max_tokens=9, temperature=None)
+    call = Call(provider("default"), "gpt-4o-mini", [Message("user", "Hi")], max_tokens=9, temperature=None)
     await call.open()
     said = []
     while (pieces := await call.read()) is not None:

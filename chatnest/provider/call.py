@@ -15,7 +15,7 @@ import msgspec
 import openai
 from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, Omit
 
-from ..conf import Provider, provider
+from ..conf import Provider
 from ..errors import Overloaded, UpstreamError, UpstreamMisconfigured, UpstreamUnavailable
 from ..wires import Message
 from . import failures
@@ -56,15 +56,15 @@ class Call:
     """``open`` it, ``read`` until None, ``close`` it; by one task only. ``max_tokens``: the answer's allowance.
 
     ``answer`` is what was said. ``refused``: open has failed; ``retry_in``: in how many seconds the same may then be
-    asked again, or None. Raises ImproperlyConfigured.
+    asked again, or None.
     """
 
     def __init__(
-        self, provider_name: str, model: str, messages: Sequence[Message], *, max_tokens: int, temperature: float | None
+        self, provider: Provider, model: str, messages: Sequence[Message], *, max_tokens: int, temperature: float | None
     ) -> None:
-        self._provider = provider(provider_name)
+        self._provider = provider
         self._model = model
-        self._request = _request(self._provider, model, messages, max_tokens, temperature)
+        self._request = _request(provider, model, messages, max_tokens, temperature)
         self._body = Body(b"")
         self._response: httpx2.Response | None = None
         self._received: AsyncIterator[bytes]

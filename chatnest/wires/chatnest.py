@@ -57,7 +57,8 @@ def parse(body: bytes) -> ChatRequest:
 def _json(body: bytes) -> _Body:
     try:
         text = body.decode()  # msgspec does not look inside the fields that it skips
-        return _decode(_mended(text)) if "\\ud" in text.lower() else _decode(body)
+        escaped = b"\\" in body and (b"\\ud" in body or b"\\uD" in body)  # the first of them is soon told
+        return _decode(_mended(text)) if escaped else _decode(body)
     except msgspec.ValidationError as error:
         _, inside, field = str(error).partition(" - at `$.")
         rule = f"{field.rstrip('`')} holds a number that is out of range."  # 1e400: no float can hold it

@@ -10,6 +10,7 @@ One server process on PostgreSQL, as in ``tests.benchmarks.relay``. CPU is user 
     size      429 request_too_large, a message of 1 MiB of one letter
     body      413 body_too_large, a body of 1 MiB that says so
     json      400 invalid_request, 1 MiB that is no JSON
+    nothing   404, what Django itself takes to refuse: a path that no view has
     crowded   admitted, with ``--accounts`` rows that operators made
 """
 
@@ -56,8 +57,10 @@ def message(content: str) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
 
 
+NOTHING: Final = "nothing"
 KINDS: Final[dict[str, tuple[bytes, str | None, int, int]]] = {
     # the body, the payer's address (None: another each time), the status, how many
+    NOTHING: (message("Tell me about streaming."), None, 404, REQUESTS),
     "admitted": (message("Tell me about streaming."), None, 200, REQUESTS),
     "rate": (message("Tell me about streaming."), "10.255.0.1", 429, REQUESTS),
     "budget": (message("Tell me about streaming."), "10.255.0.2", 429, REQUESTS),
@@ -72,6 +75,7 @@ class Visitors:
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.path = "/api/chat"
         self._next = 0
 
     def ask(self, body: bytes, address: str | None, requests: int) -> Counter[int]:
@@ -93,7 +97,7 @@ class Visitors:
     async def _ask(self, body: bytes, address: str) -> int:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         head = (
-            "POST /api/chat HTTP/1.1",
+            f"POST {self.path} HTTP/1.1",
             "Host: localhost",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
@@ -110,6 +114,7 @@ class Visitors:
 def cost(server: Serving, visitors: Visitors, kind: str) -> float:
     """Milliseconds of the server's CPU for one request of this kind."""
     body, address, status, requests = KINDS[kind]
+    visitors.path = "/nothing" if kind == NOTHING else "/api/chat"
     visitors.ask(body, address, 100 if status == 429 else 20)  # until it is refused
     before = server.cpu
     statuses = visitors.ask(body, address, requests)
