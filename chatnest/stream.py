@@ -138,8 +138,12 @@ class Chat:
         try:
             self._loop.call_soon_threadsafe(what, *arguments)
         except RuntimeError:
-            if not self._settled:
-                batcher.settle(self._conclude(Outcome.CANCELLED))
+            self.end()
+
+    def end(self) -> None:
+        """Settle it here and now: no loop will."""
+        if not self._settled:
+            batcher.settle(self._conclude(Outcome.CANCELLED))
 
     def _interrupt(self, why: Exception) -> None:
         if self._pump and not (self._settled or self._why):
@@ -366,3 +370,12 @@ class Chat:
 
 
 _pumps: Final[set[asyncio.Task[None]]] = set()  # a loop's own references to its tasks are weak
+
+
+async def end_streams() -> None:
+    """End all of this loop's chats, as if their readers had left, and wait until they are settled."""
+    loop = asyncio.get_running_loop()
+    if pumps := [pump for pump in _pumps if pump.get_loop() is loop]:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.wait(pumps)

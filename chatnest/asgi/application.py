@@ -24,9 +24,13 @@ ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 def for_streaming(application: ASGI) -> ASGI:
     """Django's ``application`` (or one around it), with its threads shared by the process's requests.
 
+    It answers the server's ``lifespan``: streams that are open when the server ends are settled for what came.
+
     Django's own receivers that look after connections are disconnected, since a borrowed thread's are looked
     after when it goes back: for them, every request would go to a thread twice more.
     """
+    from .lifespan import lifespan  # models, which ``get_asgi_application`` has made ready by now
+
     warm_up()
     tls()  # reads the system's certificates
     assert get_resolver().url_patterns  # the site's views, which would be imported by the first request
@@ -38,6 +42,8 @@ def for_streaming(application: ASGI) -> ASGI:
     signals.request_finished.disconnect(close_old_connections)
 
     async def shared(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await lifespan(application, scope, receive, send)
         thread = BorrowedThread()
         try:
             async with ThreadSensitiveContext(executor=thread):

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -123,12 +124,17 @@ class Batcher:
     def _put(self, job: Job | None) -> None:
         # SimpleQueue.put is reentrant, as a finalizer needs; and no lock is waited for here.
         self._queue.put(job)
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread, if there is none."""
         if self._thread is None and self._starting.acquire(blocking=False):
             try:
                 if self._thread is None:
                     worker = Worker(self._queue, self._live, self._outage, self._give_back)
                     thread = threading.Thread(target=worker.run, name="chatnest-ledger", daemon=True)
-                    thread.start()
+                    # What traces requests (Sentry's scope) would take all that the thread does for this one's.
+                    Context().run(thread.start)
                     self._thread = thread  # who closes joins it, so not before it runs
             finally:
                 self._starting.release()
@@ -140,7 +146,13 @@ class Batcher:
             thread.join(CLOSE_SECONDS)
             self._thread, self._outage = None, Outage()
 
+    def end(self) -> None:
+        """At the end of the process, where no lifespan came before it: streams whose loop runs no more are settled."""
+        for stream in [stream for ref in self._live.valuerefs() if (stream := ref())]:
+            stream.end()
+        self.close()
+
 
 batcher: Final = Batcher()
-atexit.register(batcher.close)
+atexit.register(batcher.end)
 os.register_at_fork(after_in_child=batcher._begin)

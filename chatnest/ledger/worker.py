@@ -38,11 +38,12 @@ IDLE_SECONDS: Final = 10.0
 
 
 class LiveStream(Protocol):
-    """A stream whose lease is renewed. ``stop`` is called from the worker's thread."""
+    """A stream whose lease is renewed. ``stop`` is called from the worker's thread, ``end`` where no loop runs."""
 
     @property
     def hold(self) -> Hold: ...
     def stop(self) -> None: ...
+    def end(self) -> None: ...
 
 
 class Worker:
