@@ -7,22 +7,27 @@ so that they cannot close the site for its users.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction
 from typing import Any, Final
 
 from asgiref.sync import sync_to_async
-from django.contrib.auth import get_user_model
+from django.contrib.auth import SESSION_KEY, get_user_model
+from django.contrib.auth.middleware import AuthenticationMiddleware
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
 from django.http import HttpRequest, HttpResponse, QueryDict
 from django.middleware.csrf import CsrfViewMiddleware
+from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext as _
 
 from .conf import payer_callable, settings
 from .errors import Forbidden, NotAuthenticated
+
+csrf_logger = logging.getLogger("django.security.csrf")  # where Django's own check says it
 
 SITE: Final = "site"
 ANONYMOUS: Final = "anonymous"
@@ -38,21 +43,20 @@ NAME_RULE: Final = "text of 1 to 200 characters, without control characters or s
 async def charged(request: HttpRequest) -> tuple[str, ...]:
     """The accounts of ``request``. Raises NotAuthenticated and Forbidden.
 
-    ``CHATNEST["PAYER"]`` is called with the request and the list of accounts (``["user:7"]``; empty for an
-    anonymous request where those are refused) and returns the list to charge, the payer first: more accounts
-    (a team's), or others. It may be async. ``site`` always pays too, and for a stranger ``anonymous``.
+    ``CHATNEST["PAYER"]`` is asked first. It is called with the request and the accounts that would pay else
+    (``["user:7"]``; empty for an anonymous request where those are refused) and returns those to charge, the payer
+    first: more accounts (a team's), or others (``"key:7"``). A sync one runs in a thread, where it may use the ORM.
+    ``site`` always pays too, and for a stranger ``anonymous``.
     """
-    accounts = await _default(request)
+    user = await _user(request)
+    accounts: list[object] = [*_of_user_or_address(request, user)]
     if payer := payer_callable():
-        try:
-            answer = payer(request, accounts)
-            answer = await answer if isawaitable(answer) else answer
-            accounts = [answer] if isinstance(answer, str) else list(answer)
-        except PermissionDenied:
-            raise Forbidden() from None
+        accounts = await _asked(payer, request, accounts)
     if not accounts:
         raise NotAuthenticated()
     named = list(map(_checked, accounts))
+    if user and await _may_be_forged(request, user, named[0]):
+        raise Forbidden("The page is out of date (CSRF check failed). Reload it and try again.")
     return tuple(dict.fromkeys([*named, *([ANONYMOUS] if is_stranger(named[0]) else []), SITE]))
 
 
@@ -120,13 +124,38 @@ def is_stranger(payer: str) -> bool:
     return payer.startswith("ip:")
 
 
-async def _default(request: HttpRequest) -> list[str]:
-    user = await request.auser() if hasattr(request, "auser") else None
-    if user is not None and user.is_authenticated:
-        if refused := await _csrf_failure(request):
-            raise Forbidden("The page is out of date (CSRF check failed). Reload it and try again.") from refused
+async def _user(request: HttpRequest) -> Any:
+    """Who is logged in, by the session or by any middleware that set ``request.user``; or None."""
+    user: Any = vars(request).get("user")
+    if isinstance(user, SimpleLazyObject):
+        if _is_djangos(user):  # it has an async twin, which needs no thread
+            user = await request.auser()
+        else:
+            await sync_to_async(bool)(user)  # looks the user up, perhaps in the database
+    return user if user is not None and user.is_authenticated and getattr(user, "is_active", True) else None
+
+
+def _is_djangos(user: Any) -> bool:
+    looks_up = vars(user).get("_setupfunc")
+    return getattr(looks_up, "__module__", None) == AuthenticationMiddleware.__module__
+
+
+def _of_user_or_address(request: HttpRequest, user: Any) -> list[str]:
+    if user:
         return [f"user:{user.pk}"]
     return [f"ip:{address(request)}"] if settings.ALLOW_ANONYMOUS else []
+
+
+async def _asked(payer: Callable[..., Any], request: HttpRequest, accounts: list[object]) -> list[object]:
+    try:
+        if iscoroutinefunction(payer):
+            answer = await payer(request, accounts)
+        else:
+            answer = await sync_to_async(payer)(request, accounts)
+            answer = await answer if isawaitable(answer) else answer
+    except PermissionDenied:
+        raise Forbidden() from None
+    return [answer] if isinstance(answer, str) else list(answer)
 
 
 def _checked(account: object) -> str:
@@ -142,29 +171,46 @@ def _no_view(request: HttpRequest) -> HttpResponse:
 
 class _CsrfCheck(CsrfViewMiddleware):
     def _reject(self, request: HttpRequest, reason: str) -> HttpResponse:
+        csrf_logger.warning("Forbidden (%s): %s", reason, request.path, extra={"status_code": 403, "request": request})
         raise PermissionDenied(reason)
 
 
-async def _csrf_failure(request: HttpRequest) -> PermissionDenied | None:
-    """The view is exempt from the middleware, because only a cookie makes a request forgeable: checked here.
+async def _may_be_forged(request: HttpRequest, user: Any, payer: str) -> bool:
+    """Whether a page of another site may have sent it: only a cookie goes with a request that its user did not make.
 
-    In a thread, because with CSRF_USE_SESSIONS it reads the session.
+    The views are exempt from Django's own check. JSON of an origin that is the site's own needs no token, since no
+    other site can send that. Where PAYER named somebody else, by a key for example, an origin decides alone.
     """
+    if request.method in ("GET", "HEAD") or not await _came_by_cookie(request, user):
+        return False
+    if payer != f"user:{user.pk}" and "HTTP_ORIGIN" not in request.META:
+        return False
 
-    def check() -> PermissionDenied | None:
+    def check() -> bool:
         middleware = _CsrfCheck(_no_view)
         # A JSON request has its token in a header: a form, which may be broken or large, is not looked into.
         request.POST = QueryDict()
+        is_json = request.content_type == "application/json"
+        if is_json and "HTTP_ORIGIN" in request.META and middleware._origin_verified(request):  # type: ignore[attr-defined]
+            return False
         try:
             middleware.process_request(request)
             middleware.process_view(request, _no_view, (), {})
-        except PermissionDenied as refused:
-            return refused
-        return None
+        except PermissionDenied:
+            return True
+        return False
 
-    if request.method in ("GET", "HEAD"):
-        return None
-    return await sync_to_async(check)()
+    return await sync_to_async(check)()  # with CSRF_USE_SESSIONS it reads the session
+
+
+async def _came_by_cookie(request: HttpRequest, user: Any) -> bool:
+    """By Django's session, or by a cookie that a middleware reads; not by a token in a header."""
+    if not request.COOKIES:
+        return False
+    if "HTTP_AUTHORIZATION" not in request.META:
+        return True
+    session: Any = getattr(request, "session", None)
+    return session is not None and await session.aget(SESSION_KEY) == str(user.pk)
 
 
 def address(request: HttpRequest) -> str:

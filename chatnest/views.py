@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial, wraps
 from typing import Any
 
+from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import RequestDataTooBig
 from django.core.handlers.asgi import ASGIRequest
 from django.db import InterfaceError, OperationalError, transaction
@@ -89,8 +90,8 @@ def endpoint(*methods: str) -> Callable[[View], View]:
                 logger.exception("A chat request failed")
                 return chatnest.refusal(InternalError())
 
-        # Cookies are checked for CSRF in accounts; ATOMIC_REQUESTS would refuse an async view.
-        return csrf_exempt(transaction.non_atomic_requests(answer))
+        # Who may chat is decided in accounts, cookies are checked there; ATOMIC_REQUESTS would refuse an async view.
+        return csrf_exempt(login_not_required(transaction.non_atomic_requests(answer)))
 
     return decorate
 

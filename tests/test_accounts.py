@@ -138,6 +138,32 @@ def test_the_sites_own_page_may_name_its_origin(client: Client, ada: User, settl
 
 
 @on_sqlite
+def test_a_page_of_the_sites_own_origin_needs_no_token(client: Client, ada: User, settled: Settled) -> None:
+    """As the original's React hook asks: JSON with a cookie, and nothing else."""
+    session = log_in(ada)["cookie"].partition(";")[0]
+    assert client.chat(cookie=session, origin=f"http://127.0.0.1:{client.port}").status == 200
+    assert payers(settled()) == [[f"user:{ada.pk}", "site"]]
+
+
+@on_sqlite
+def test_a_page_of_an_origin_that_the_site_trusts_needs_none_either(client: Client, ada: User, settings: Any) -> None:
+    settings.CSRF_TRUSTED_ORIGINS = ["https://app.example.com"]
+    session = log_in(ada)["cookie"].partition(";")[0]
+    assert client.chat(cookie=session, origin="https://app.example.com").status == 200
+    refused(client.chat(cookie=session, origin="https://example.com"), 403, "forbidden", STALE)
+
+
+@on_sqlite
+def test_why_a_page_was_refused_is_said_where_django_says_it(
+    client: Client, ada: User, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.chat(**{**log_in(ada), "origin": "https://evil.example"})
+    assert [record.getMessage() for record in caplog.records if record.name == "django.security.csrf"] == [
+        "Forbidden (Origin checking failed - https://evil.example does not match any trusted origins.): /api/chat"
+    ]
+
+
+@on_sqlite
 def test_reading_what_is_left_needs_no_csrf_token(client: Client, ada: User) -> None:
     cookie = log_in(ada)["cookie"]
     assert client.usage(cookie=cookie)["remainingToday"] == 70_000
@@ -406,6 +432,36 @@ def test_a_site_may_charge_somebody_else_and_ask_its_database_who(
     assert client.chat(x_tenant="acme").status == 200
     assert payers(settled()) == [["tenant:acme", "site"]]
     refused(client.chat(), 403, "forbidden", "You may not use the chat.")
+
+
+def by_key(request: Any, accounts: list[str]) -> list[str]:
+    """Sync, and asks the database, as most are written."""
+    key = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return [f"user:{user.pk}" for user in User.objects.filter(username=key)] or accounts
+
+
+@on_sqlite
+def test_a_rule_that_is_sync_may_use_the_orm_and_is_asked_before_any_cookie(
+    client: Client, ada: User, configure: Configure, settled: Settled
+) -> None:
+    """A browser sends its session's cookie along with the token of a program that runs in it."""
+    grace = User.objects.create_user("grace")
+    configure(PAYER=by_key, ALLOW_ANONYMOUS=False)
+    session = log_in(grace)["cookie"].partition(";")[0]
+    assert client.chat(authorization="Bearer ada", cookie=session).status == 200
+    assert payers(settled()) == [[f"user:{ada.pk}", "site"]]
+    refused(client.chat(authorization="Bearer nobody", cookie=session), 403, "forbidden", STALE)
+    refused(client.chat(authorization="Bearer nobody"), 401, "not_authenticated", LOGIN)
+
+
+@on_sqlite
+def test_a_foreign_page_cannot_spend_what_a_rule_says_its_visitor_pays_with(
+    client: Client, ada: User, configure: Configure, upstream: FakeUpstream
+) -> None:
+    configure(PAYER=lambda request, accounts: ["team:blue"])
+    session = log_in(ada)["cookie"].partition(";")[0]
+    refused(client.chat(cookie=session, origin="https://evil.example"), 403, "forbidden", STALE)
+    assert upstream.requests == []
 
 
 @on_sqlite
