@@ -220,7 +220,7 @@ def test_after_a_long_time_of_everything_the_process_is_as_it_was(database: str,
         print(f"memory {memory / MIB:.1f} -> {server.memory / MIB:.1f} MiB, threads {threads} -> {server.threads}")
         assert {"done", "error", "left", "left at once", "rate_limited", "overloaded", "400"} <= soak.seen.keys()
         eventually(lambda: server.files <= files, 60)  # those to provider and database are kept for a while
-        assert server.threads <= max(threads, WORKERS + 5)
+        eventually(lambda: server.threads <= max(threads, WORKERS + 5), 60)  # one may be about to end
         assert server.memory < memory + 12 * MIB
         assert audit.verify() == []
         assert "Traceback" not in server.log.read_text()

@@ -64,7 +64,7 @@ class Worker:
         self._unsettled: deque[OperationJob] = deque()  # settlements that the database has not taken yet
         self._wrote = False  # something since the last look for overdue leases
         self._retry_at = self._look_at = 0.0
-        self._renew_at = time.monotonic() + settings.LEASE_SECONDS / 3
+        self._renewed_at = time.monotonic()
 
     def run(self) -> None:
         let_the_loop_go_first()
@@ -96,6 +96,11 @@ class Worker:
             while len(jobs) < MAX_BATCH and jobs[-1]:
                 jobs.append(self._queue.get_nowait())
         return jobs
+
+    @property
+    def _renew_at(self) -> float:
+        seconds: float = settings.LEASE_SECONDS / 3
+        return self._renewed_at + seconds
 
     def _seconds_until_due(self) -> float:
         """Until there is something to do that nobody asks for."""
@@ -194,7 +199,7 @@ class Worker:
     def _renew_if_due(self) -> None:
         if time.monotonic() < self._renew_at:
             return
-        self._renew_at = time.monotonic() + settings.LEASE_SECONDS / 3
+        self._renewed_at = time.monotonic()
         streams = [stream for ref in self._live.valuerefs() if (stream := ref())]
         if not streams:
             return
@@ -205,7 +210,7 @@ class Worker:
         except Exception as error:
             self._note(error, "Leases cannot be renewed")
             if is_outage(error):
-                self._renew_at = time.monotonic() + RETRY_SECONDS
+                self._renewed_at = time.monotonic() + RETRY_SECONDS - settings.LEASE_SECONDS / 3
             return
         self._wrote = True
         self._outage.ends(writing=True)
