@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import date, datetime, tzinfo
+from datetime import UTC, date, datetime, tzinfo
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
@@ -249,7 +249,22 @@ def time_zone() -> tzinfo:
 
 def today(now: datetime | None = None) -> date:
     """The budget's day at ``now``, an aware datetime, or at this moment: 23 or 25 hours where clocks change."""
-    return timezone.localdate(now, time_zone())
+    return timezone.localdate(now or moment(), time_zone())
+
+
+def moment() -> datetime:
+    """This moment, aware with ``USE_TZ`` off too."""
+    return timezone.now() if django_settings.USE_TZ else datetime.now(UTC)
+
+
+def stored(aware: datetime) -> datetime:
+    """As the site's database keeps it: with ``USE_TZ`` off naive, in UTC, whose clocks never change."""
+    return aware if django_settings.USE_TZ else aware.astimezone(UTC).replace(tzinfo=None)
+
+
+def now() -> datetime:
+    """This moment, as ``stored``."""
+    return stored(moment())
 
 
 def payer_callable() -> Callable[..., Any] | None:

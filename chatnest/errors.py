@@ -60,6 +60,11 @@ class UnsupportedMediaType(ChatError):
     message = "Send the request as Content-Type: application/json."
 
 
+class NeedsASGI(ChatError):
+    code, status = "needs_asgi", 501
+    message = "Streams need an ASGI server, such as uvicorn. This one is WSGI (runserver is too, without daphne)."
+
+
 class RateLimited(ChatError):
     code, status, retryable = "rate_limited", 429, True
     message = "Rate limit exceeded. Please slow down."

@@ -14,10 +14,8 @@ from datetime import date, datetime
 from functools import partial
 from typing import Final
 
-from django.utils import timezone
-
 from .accounts import ANONYMOUS, SITE, is_stranger
-from .conf import settings, today
+from .conf import now, settings, today
 from .errors import ChatError, DailyBudgetExceeded, RateLimited
 from .ledger.batcher import batcher
 from .ledger.bulk import insert, run, table
@@ -44,7 +42,7 @@ class Remembered:
     seconds: float
 
     def again(self, terms: Terms) -> ChatError | None:
-        age = (timezone.now() - self.at).total_seconds()
+        age = (now() - self.at).total_seconds()
         if not (0 <= age < self.seconds and self._covers(terms)):
             return None
         wait = (self.refusal.retry_after or 0) - age
@@ -103,7 +101,7 @@ class Refusals:
         key = _payer_and_profile(terms)
         self._remembered.pop(key, None)
         if seconds > 0:
-            self._remembered[key] = Remembered(refusal, terms, timezone.now(), seconds)
+            self._remembered[key] = Remembered(refusal, terms, now(), seconds)
             if len(self._remembered) > MOST_REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]
 
@@ -112,9 +110,9 @@ class Refusals:
     def note(self, payer: str, refusal: ChatError) -> None:
         """Count it. Within a second or two operators see it."""
         key = self._key(payer, refusal.code)
-        tally = self._tallies.setdefault(key, Tally(0, timezone.now(), ""))
+        tally = self._tallies.setdefault(key, Tally(0, now(), ""))
         tally.count += 1
-        tally.last_at, tally.last_detail = timezone.now(), refusal.detail[:DETAIL_LENGTH]
+        tally.last_at, tally.last_detail = now(), refusal.detail[:DETAIL_LENGTH]
         if self._writer is None or self._writer.done() or self._writer.get_loop().is_closed():
             self._writer = asyncio.get_running_loop().create_task(self._write_while_there_is_any())
 

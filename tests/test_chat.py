@@ -148,21 +148,21 @@ def test_a_site_that_compresses_its_pages_still_streams(upstream: FakeUpstream, 
 
 
 @on_sqlite
+@pytest.mark.parametrize("alias", ["default", "postgres"])
 def test_a_site_that_wraps_its_requests_in_transactions_still_streams(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client, monkeypatch: pytest.MonkeyPatch, alias: str
 ) -> None:
-    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+    monkeypatch.setitem(connections.settings[alias], "ATOMIC_REQUESTS", True)
     assert client.chat().events[-1] == "done"
     assert client.usage()["usedToday"] == 14
 
 
 @on_sqlite
-def test_a_site_that_is_not_asynchronous_is_told_so(
-    upstream: FakeUpstream, database: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_site_that_is_not_asynchronous_is_told_so(upstream: FakeUpstream, database: str) -> None:
     answer = DjangoClient().post("/api/chat", HELLO, content_type="application/json")
-    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
-    assert "chatnest streams need an ASGI server, such as uvicorn; this is WSGI." in caplog.text
+    said = answer.json()
+    assert (answer.status_code, said["code"], said["retryable"]) == (501, "needs_asgi", False)
+    assert said["error"].startswith("Streams need an ASGI server, such as uvicorn.")
     assert upstream.requests == []
 
 

@@ -126,6 +126,7 @@ def test_a_person_with_nothing_else_chats_after_one_command(tmp_path: Path) -> N
         for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
             assert client.request("GET", path).status == 200
         assert "chat.js" in page.text
+        assert client.request("GET", "/static/..%2f..%2fx").status == 404
 
         before = client.usage()["remainingToday"]
         with client.stream({"messages": [{"role": "user", "content": "Is it “you”? 😀"}]}) as stream:

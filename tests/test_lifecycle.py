@@ -12,14 +12,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime, time, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from asgiref.testing import ApplicationCommunicator
+from django.db import connections
 
 from chatnest.asgi import for_streaming
+from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks import processes
@@ -43,16 +47,16 @@ WAITS_FOR_STREAMS = {"granian"}  # however long, and then kills: what is open is
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("lifecycle") / "empty.sqlite3"
     migrate = [sys.executable, "manage.py", "migrate", "-v0"]
-    subprocess.run(migrate, cwd=ROOT, env={**os.environ, **environment(file, "")}, check=True)
+    subprocess.run(migrate, cwd=ROOT, env={**os.environ, **environment(f"sqlite:///{file}", "")}, check=True)
     return file
 
 
-def environment(file: Path, upstream: str) -> dict[str, str]:
+def environment(url: str, upstream: str) -> dict[str, str]:
     return {
         "DJANGO_SETTINGS_MODULE": "tests.benchmarks.settings",
         "SECRET_KEY": "lifecycle",
         "DEBUG": "",
-        "DATABASE_URL": f"sqlite:///{file}",
+        "DATABASE_URL": url,
         "OPENAI_API_KEY": "sk-lifecycle",
         "OPENAI_BASE_URL": upstream,
     }
@@ -85,7 +89,9 @@ def site(name: str, tables: Path, folder: Path) -> Iterator[Site]:
     arguments = command.format(site=SITE, port=port).split()
     with (
         FakeUpstream() as upstream,
-        processes.serving(sys.executable, *arguments, port=port, env=environment(file, upstream.url)) as serving,
+        processes.serving(
+            sys.executable, *arguments, port=port, env=environment(f"sqlite:///{file}", upstream.url)
+        ) as serving,
     ):
         yield Site(file, upstream, serving)
 
@@ -139,3 +145,27 @@ async def test_a_site_whose_own_start_fails_is_not_started() -> None:
     await server.send_input({"type": "lifespan.startup"})
     with pytest.raises(RuntimeError, match="own startup"):
         await server.wait()
+
+
+# And a site whose clock has no zone.
+
+
+def test_with_use_tz_off_a_day_is_the_sites_own_and_adds_up(database: str) -> None:
+    url = processes.url_of(connections[database].settings_dict)
+    port = processes.free_port()
+    serve = f"-m uvicorn {SITE} --port {port} --timeout-graceful-shutdown 1".split()
+    with FakeUpstream() as upstream:
+        env = {**environment(url, upstream.url), "DJANGO_SETTINGS_MODULE": "tests.naive_settings"}
+        with processes.serving(sys.executable, *serve, port=port, env=env):
+            client = Client(port, connection="close")
+            assert [client.chat().events[-1] for _ in range(2)] == ["done", "done"]
+            standing = client.usage()
+            assert standing["usedToday"] == 28
+            midnight = datetime.fromisoformat(standing["resetsAt"]).astimezone(ZoneInfo("Europe/Berlin"))
+            assert midnight.time() == time()
+            assert timedelta(0) < midnight - datetime.now(UTC) <= timedelta(hours=25)
+            with client.stream() as stream:
+                stream.until("token")
+            eventually(lambda: not Reservation.objects.using(database).open().exists())
+        for command in ("chatnest_usage", "chatnest_verify"):
+            subprocess.run([sys.executable, "manage.py", command], cwd=ROOT, env={**os.environ, **env}, check=True)

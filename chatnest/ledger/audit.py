@@ -18,9 +18,8 @@ from typing import Any, Final
 from django.db import models, transaction
 from django.db.models import CharField, Count, F, Q, QuerySet, Sum, TextField, Value
 from django.db.models.functions import Cast
-from django.utils import timezone
 
-from ..conf import settings
+from ..conf import now, settings
 from ..models import Adjustment, DailyUsage, RateWindow, Reservation
 from . import leases
 from .days import today
@@ -160,7 +159,7 @@ def _repair_accounts(day: date, accounts: set[str]) -> list[Discrepancy]:
 def _charge_overdue() -> None:
     """As the ledger does whenever it is asked; where nobody chats, nobody asks it."""
     rows = Reservation.objects.using(settings.DATABASE_ALIAS)
-    while overdue := list(rows.overdue(timezone.now()).values_list("id", flat=True)[:BATCH]):
+    while overdue := list(rows.overdue(now()).values_list("id", flat=True)[:BATCH]):
         leases.expire(overdue)
 
 
@@ -206,14 +205,14 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
 def _unsettled() -> Q:
     """Open, or charged in full for want of a settlement that may only be late."""
     awaited = Q(usage_source=Reservation.UsageSource.HELD, prompt_tokens=0, completion_tokens=0)
-    return Q(state=Reservation.State.OPEN) | awaited & Q(expires_at__gt=timezone.now() - GRACE)
+    return Q(state=Reservation.State.OPEN) | awaited & Q(expires_at__gt=now() - GRACE)
 
 
 def _passed() -> Q:
     """Windows that no longer count: a rate is that of its window and of the one before."""
-    now, passed = timezone.now(), Q(pk__in=())
+    passed = Q(pk__in=())
     for seconds in _all(RateWindow).values_list("window_seconds", flat=True).distinct():
-        passed |= Q(window_seconds=seconds, window_start__lte=now - timedelta(seconds=2 * seconds))
+        passed |= Q(window_seconds=seconds, window_start__lte=now() - timedelta(seconds=2 * seconds))
     return passed
 
 
@@ -235,7 +234,7 @@ def _fold_batch(day: date, accounts: set[str], rows: QuerySet[Any], names: str, 
         earlier.delete()
         number, _ = rows.delete()
         _all(Adjustment).bulk_create(
-            Adjustment(day=day, account=account, tokens=total, kind=PRUNED, created_at=timezone.now())
+            Adjustment(day=day, account=account, tokens=total, kind=PRUNED, created_at=now())
             for account, total in sums.items()
         )
     return number

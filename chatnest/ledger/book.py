@@ -18,9 +18,8 @@ from uuid import UUID
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Max, Q
-from django.utils import timezone
 
-from ..conf import settings
+from ..conf import moment, settings, stored
 from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
 from .bulk import Rows, Statement, insert, run, update
 from .operations import Lesson
@@ -61,7 +60,8 @@ class Book:
         rates: Iterable[Rate] = (),
     ) -> None:
         self._alias: str = settings.DATABASE_ALIAS
-        self.now = timezone.now()
+        self.moment = moment()
+        self.now = stored(self.moment)
         self._usage: dict[Key, UsageRow] = {}
         self.reservations: dict[UUID, ReservationRow] = {}
         self._rates = {rate: [0, 0] for rate in rates}
@@ -127,8 +127,8 @@ class Book:
 
     def _windows(self, seconds: int) -> tuple[datetime, datetime]:
         """The starts of this window and of the one before."""
-        start = int(self.now.timestamp()) // seconds * seconds
-        return datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(start - seconds, UTC)
+        start = int(self.moment.timestamp()) // seconds * seconds
+        return stored(datetime.fromtimestamp(start, UTC)), stored(datetime.fromtimestamp(start - seconds, UTC))
 
     def _count_streams(self) -> Iterator[Read]:
         def take(rows: Rows) -> None:

@@ -119,7 +119,7 @@ def _fit(book: Book, ask: Reserve) -> int:
         tightest = min(ask.budgets, key=lambda budget: _room(book, [budget]))
         left = f"{tightest.account} has {_remaining(book, [tightest]):,} of {tightest.limit:,} tokens left"
         raise DailyBudgetExceeded(
-            retry_after=(day_ends(ask.day) - book.now).total_seconds(),
+            retry_after=(day_ends(ask.day) - book.moment).total_seconds(),
             detail=f"{left}; {ask.prompt_tokens + least:,} needed",
         )
     return output

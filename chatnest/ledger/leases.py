@@ -9,9 +9,8 @@ from typing import Final
 from uuid import UUID
 
 from django.db import IntegrityError, transaction
-from django.utils import timezone
 
-from ..conf import settings
+from ..conf import now, settings
 from ..models import Account, Reservation
 from .decisions import resolve
 from .transactions import ledger_transaction, retried
@@ -28,7 +27,7 @@ def expire_overdue() -> None:
 
     No decision waits for it: charged or held, they commit the same tokens, and are nobody's streams any more.
     """
-    overdue = Reservation.objects.using(settings.DATABASE_ALIAS).overdue(timezone.now()).order_by("expires_at")
+    overdue = Reservation.objects.using(settings.DATABASE_ALIAS).overdue(now()).order_by("expires_at")
     if ids := list(overdue.values_list("id", flat=True)[:MOST_OVERDUE]):
         _expire_what_can_be(ids)
 
@@ -66,7 +65,7 @@ def renew(ids: Sequence[UUID], accounts: Collection[str] = ()) -> tuple[set[UUID
     with transaction.atomic(using=alias):
         # In the order in which a book locks them, and not as a subquery: with old statistics the join is quadratic.
         live = set(held.open().order_by("id").select_for_update().values_list("id", flat=True))
-        until = timezone.now() + timedelta(seconds=settings.LEASE_SECONDS)
+        until = now() + timedelta(seconds=settings.LEASE_SECONDS)
         Reservation.objects.using(alias).filter(id__in=live).update(expires_at=until)
     stopped = set(ids) - live
     if stopped:
