@@ -102,6 +102,7 @@ def test_the_app_imports_only_what_it_declares() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert {line.split(">")[0] for line in declared} == {
         "django",
+        "asgiref",
         "openai",
         "httpx2",
         "aiohttp",
