@@ -13,7 +13,8 @@ The path of a request, in the order of the files to read:
     tokens        the most that the prompt can count, and the best guess
     ledger        reserve: all budgets or none; later settle, once. One transaction for many requests
     provider      one call of the model through the openai package, and what it really said
-    stream        its pieces to frames, heartbeats and deadlines, and one settlement however it ends
+    stream        its pieces to frames, and one settlement however it ends
+    deadlines     when waiting for the model ends, and when the reader hears a ping
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
 
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, asgi, admin,

@@ -20,7 +20,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Self
 
 from .conf import provider, settings
-from .errors import ChatError, InternalError, Paused, UpstreamError, UpstreamTimeout
+from .deadlines import GRACE_SECONDS, Deadlines, Enough
+from .errors import ChatError, InternalError, Paused, UpstreamError
 from .frames import Frames
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
@@ -34,8 +35,7 @@ from .wires import Message, Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
 
-GRACE_SECONDS: Final = 1  # for [DONE], once nothing else is missing
-REPORT_SECONDS: Final = 3  # for a report of usage after the finish reason
+PING_SECONDS: Final = 1  # a longer wait before a retry is told the reader
 RETRY_SECONDS: Final = 0.5
 
 Outcome = Reservation.Outcome
@@ -64,10 +64,6 @@ class ChatStream:
         self.close()
 
 
-class _Enough(Exception):
-    """Only ``[DONE]`` is missing, and does not come."""
-
-
 class Chat:
     """Owns its hold, its calls and its slot. It begins when the first frame is asked for, and lives as its pump does.
 
@@ -92,6 +88,7 @@ class Chat:
         self._slot = slot
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(self._loop)
+        self._deadlines = Deadlines(self._loop, self._frames)
         self._pump: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[object] | None = None
         self._call: Call | None = None
@@ -100,12 +97,9 @@ class Chat:
         self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
         self._cut = False  # at its allowance, which the provider ignored
         self._behind = False  # its reader is waited for, while the provider may write on
-        self._timer: asyncio.TimerHandle | None = None
         self._why: Exception | None = None  # the pump was interrupted
         self._settled = False
-        self._began = 0.0
-        self._heard = self._spoke = 0.0  # when the provider last sent anything, and when the model did
-        self._deltas = 0
+        self._patience: asyncio.TimerHandle | None = None  # with a reader who does not come for the end
 
     # For the reader, and for operators.
 
@@ -121,8 +115,8 @@ class Chat:
             return
         self._frames.leave()
         if self._settled:
-            if self._timer:
-                self._timer.cancel()
+            if self._patience:
+                self._patience.cancel()
         elif self._pump is None:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         elif settings.ON_DISCONNECT != "drain" or not (self._call and self._call.billed):
@@ -155,12 +149,11 @@ class Chat:
     def _begin(self) -> None:
         batcher.watch(self)
         self._reading = asyncio.current_task()
-        self._began = self._heard = self._frames.taken = self._loop.time()
         self._frames.write(chatnest.START)
         self._pump = self._loop.create_task(self._run())
         _pumps.add(self._pump)
         self._pump.add_done_callback(_pumps.discard)
-        self._tick()
+        self._deadlines.begin(self._interrupt)
 
     async def _run(self) -> None:
         try:
@@ -176,8 +169,8 @@ class Chat:
         finally:
             self._frames.end()
             if self._frames.is_stuck:
-                when = max(self._began + settings.MAX_STREAM_SECONDS, self._loop.time() + GRACE_SECONDS)
-                self._timer = self._loop.call_at(when, self._give_up_reader)
+                when = max(self._deadlines.began + settings.MAX_STREAM_SECONDS, self._loop.time() + GRACE_SECONDS)
+                self._patience = self._loop.call_at(when, self._give_up_reader)
             if self._call:
                 await self._call.close()
 
@@ -187,7 +180,7 @@ class Chat:
             call = await self._open()
             limit = most_received(self.hold.output_tokens)
             while (pieces := await call.read()) is not None:
-                self._take(call, pieces)
+                self._take(pieces)
                 if self._received.exceeds(limit):
                     self._cut = True
                     return await call.close()
@@ -195,13 +188,13 @@ class Chat:
                     self._behind = True
                     await self._frames.room()
                     self._behind = False
-                    self._heard = self._loop.time()
+                    self._deadlines.heard()
         except asyncio.CancelledError:
             if self._why is None:
                 raise
             assert self._pump
             self._pump.uncancel()
-            if not (isinstance(self._why, _Enough) and self._call):
+            if not (isinstance(self._why, Enough) and self._call):
                 raise self._why from None
             self._call.answer.end()
             self._call.check()
@@ -218,16 +211,17 @@ class Chat:
             )
             try:
                 await call.open()
-                self._heard = self._loop.time()
+                self._deadlines.answer = call.answer
+                self._deadlines.heard()
                 return call
             except UpstreamError as error:
                 wait = max(RETRY_SECONDS * 2**attempt * random.uniform(0.75, 1.25), call.retry_in or 0)
-                late = self._loop.time() + wait > self._began + settings.FIRST_TOKEN_SECONDS
-                if call.retry_in is None or late or attempt == settings.UPSTREAM_MAX_RETRIES:
+                last = attempt == settings.UPSTREAM_MAX_RETRIES or self._deadlines.is_too_late(wait)
+                if call.retry_in is None or last:
                     raise
                 if call.billed:
                     await self._reserve_again(error)
-            if wait > GRACE_SECONDS:
+            if wait > PING_SECONDS:
                 self._frames.write(chatnest.PING)
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
@@ -243,7 +237,7 @@ class Chat:
             raise error from None
         batcher.watch(self)
 
-    def _take(self, call: Call, pieces: list[Piece]) -> None:
+    def _take(self, pieces: list[Piece]) -> None:
         frames = []
         self._received.add("".join([text for _, text in pieces]), len(pieces))
         for kind, text in pieces:
@@ -254,44 +248,7 @@ class Chat:
                 if settings.SHOW_REASONING:
                     frames.append(chatnest.reasoning(text))
         self._frames.write(b"".join(frames))
-        self._heard = self._loop.time()
-        if call.answer.heard > self._deltas:
-            self._deltas = call.answer.heard
-            self._spoke = self._heard
-        if call.answer.may_end:
-            self._tick()
-
-    # Deadlines and heartbeats: one timer, which is armed again only when it has fired.
-
-    def _tick(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-        now = self._loop.time()
-        if not self._frames.reader_waits:  # the client is slow to read, and hears of it
-            self._frames.taken = now
-        elif now >= self._frames.taken + settings.HEARTBEAT_SECONDS:
-            self._frames.taken = now
-            self._frames.write(chatnest.PING)
-        due, why = self._deadline()
-        if now >= due:
-            self._interrupt(why)
-        else:
-            # The first piece begins a gap, and arms nothing.
-            due = min(due, self._frames.taken + settings.HEARTBEAT_SECONDS, now + settings.GAP_SECONDS)
-            self._timer = self._loop.call_at(max(due, now + 0.01), self._tick)
-
-    def _deadline(self) -> tuple[float, Exception]:
-        """When waiting ends, and with what."""
-        last = self._began + settings.MAX_STREAM_SECONDS
-        answer = self._call.answer if self._call else None
-        if self._frames.writer_waits:  # it is the reader that is waited for
-            return last, UpstreamTimeout()
-        if answer and answer.finish_reason:
-            grace = GRACE_SECONDS if answer.report else REPORT_SECONDS
-            return min(last, self._spoke + (grace if answer.may_end else settings.GAP_SECONDS)), _Enough()
-        if answer and answer.heard:
-            return min(last, self._heard + settings.GAP_SECONDS), UpstreamTimeout()
-        return min(last, self._began + settings.FIRST_TOKEN_SECONDS), UpstreamTimeout()
+        self._deadlines.heard()
 
     # Ending: whatever happens, one settlement.
 
@@ -334,8 +291,7 @@ class Chat:
     def _conclude(self, outcome: Reservation.Outcome) -> Settle:
         """The settlement, and all that the chat has is given back."""
         self._settled = True
-        if self._timer:
-            self._timer.cancel()
+        self._deadlines.end()
         self._slot.release()
         batcher.unwatch(self)
         return self._settlement(outcome)

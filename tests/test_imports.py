@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 # From the ground up. Rooms of one floor may import each other, in no circle.
 FLOORS = [
     {"conf", "errors"},
-    {"limits", "tokens", "accounts", "provider", "wires", "slots", "frames", "conversation"},
+    {"limits", "tokens", "accounts", "provider", "wires", "slots", "frames", "deadlines", "conversation"},
     {"models"},
     {"policy"},
     {"ledger"},
