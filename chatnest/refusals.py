@@ -133,7 +133,8 @@ class Refusals:
         while self._tallies:
             await asyncio.sleep(pause)
             tallies, self._tallies = self._tallies, {}
-            rows = [_row(*each) for each in sorted(tallies.items())]
+            if not (rows := [_row(*each) for each in sorted(tallies.items())]):
+                return
             try:
                 await batcher.query(partial(_write, rows))
                 pause = WRITE_SECONDS

@@ -54,6 +54,7 @@ def database(request: pytest.FixtureRequest, configure: Configure) -> Iterator[s
     batcher.forget_policy(calibrations=True)
     refusals.clear()
     yield request.param
+    refusals.clear()  # what it has to write would start the batcher again, between two tests
     batcher.close()
 
 

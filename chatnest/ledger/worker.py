@@ -126,9 +126,10 @@ class Worker:
         try:
             answer = self._on_a_live_connection(query)
         except Exception as error:
+            # One that failed while it was made is half made: it would open no transaction, and commit nothing.
+            connections[self._alias].close()
             if is_outage(error):
                 self._outage.begins(error, writing=False, refused=1)
-                connections[self._alias].close()
                 return LedgerUnavailable(retry_after=5)
             logger.critical("The ledger cannot be read", exc_info=error)
             return InternalError()
