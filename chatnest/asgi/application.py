@@ -1,4 +1,4 @@
-"""For a site's ``asgi.py``, optional: requests cost less, and the first one waits for nothing that could be ready.
+"""For a site's ``asgi.py``, optional: requests cost less, and a worker begins and ends well.
 
 application = for_streaming(get_asgi_application())
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 from asgiref.sync import ThreadSensitiveContext
 from django.core import signals
@@ -20,13 +20,20 @@ from .threads import BorrowedThread
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
+GRACE_SECONDS: Final = 3.0  # less than any platform gives a process before it kills it
 
-def for_streaming(application: ASGI) -> ASGI:
+
+def for_streaming(application: ASGI, *, grace_seconds: float = GRACE_SECONDS) -> ASGI:
     """Django's ``application`` (or one around it), with its threads shared by the process's requests.
+
+    It answers ASGI's lifespan. Answers may go on for ``grace_seconds`` after a SIGTERM, or until ``lifespan.shutdown``
+    if that comes first.
 
     Django's own receivers that look after connections are disconnected, since a borrowed thread's are looked
     after when it goes back: for them, every request would go to a thread twice more.
     """
+    from .lifespan import lifespan  # models: a site's asgi.py imports this file before Django is set up
+
     warm_up()
     tls()  # reads the system's certificates
     assert get_resolver().url_patterns  # the site's views, which would be imported by the first request
@@ -38,6 +45,8 @@ def for_streaming(application: ASGI) -> ASGI:
     signals.request_finished.disconnect(close_old_connections)
 
     async def shared(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await lifespan(application, receive, send, scope=scope, grace_seconds=grace_seconds)
         thread = BorrowedThread()
         try:
             async with ThreadSensitiveContext(executor=thread):

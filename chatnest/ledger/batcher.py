@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -123,12 +124,16 @@ class Batcher:
     def _put(self, job: Job | None) -> None:
         # SimpleQueue.put is reentrant, as a finalizer needs; and no lock is waited for here.
         self._queue.put(job)
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread, unless there is one: as a server starts, or with the first job."""
         if self._thread is None and self._starting.acquire(blocking=False):
             try:
                 if self._thread is None:
                     worker = Worker(self._queue, self._live, self._outage, self._give_back)
                     thread = threading.Thread(target=worker.run, name="chatnest-ledger", daemon=True)
-                    thread.start()
+                    Context().run(thread.start)  # Sentry would file one request's data under all that it logs
                     self._thread = thread  # who closes joins it, so not before it runs
             finally:
                 self._starting.release()
