@@ -2,59 +2,78 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+import sentry_sdk
+from asgiref.sync import ThreadSensitiveContext
+from django.core.asgi import get_asgi_application
 from django.db import connections
 
+from chatnest.asgi import for_streaming, threads
+from chatnest.ledger.batcher import batcher
 from chatnest.ledger.charges import IN_FLIGHT
 from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, environment, free_port, serving, url_of
 from .client import Client
-from .conftest import Settled, on_sqlite
+from .conftest import Settled, eventually, on_sqlite, port_of, served
+from .test_call import Silent
 
-SITE = "project.asgi:application"
 PATIENCE_SECONDS = 30
 OPEN = 4
 
-COMMANDS = {
+SITE = "project.asgi:application"
+SERVERS = {
     "uvicorn": f"uvicorn {SITE} --port {{port}} --timeout-graceful-shutdown 1",
-    "uvicorn-without-a-timeout": f"uvicorn {SITE} --port {{port}}",
-    "uvicorn-without-lifespan": f"uvicorn {SITE} --port {{port}} --lifespan off --timeout-graceful-shutdown 3",
-    "uvicorn-and-Django-s-own-application": "uvicorn django.core.asgi:get_asgi_application --factory --port {port}",
+    "uvicorn without a timeout": f"uvicorn {SITE} --port {{port}}",
+    "uvicorn without lifespan": f"uvicorn {SITE} --port {{port}} --lifespan off --timeout-graceful-shutdown 5",
+    "uvicorn without for_streaming": "uvicorn django.core.asgi:get_asgi_application --factory --port {port}",
     "gunicorn": f"gunicorn {SITE} -k uvicorn_worker.UvicornWorker -b 127.0.0.1:{{port}}",
     "granian": f"granian {SITE} --interface asgi --port {{port}}",
     "hypercorn": f"hypercorn {SITE} -b 127.0.0.1:{{port}} --graceful-timeout 1",
     "daphne": f"daphne {SITE} -p {{port}}",
 }
+CLOSE_FIRST = ("uvicorn", "hypercorn", "daphne")  # the connections of their readers
+
+Serve = Callable[..., Serving]
 
 
-@pytest.fixture(params=COMMANDS)
-def server(
-    request: pytest.FixtureRequest, database: str, upstream: FakeUpstream, known_model: object
-) -> Iterator[Serving]:
-    """The demo site under a server that a team may have chosen, in a process of its own."""
-    command = COMMANDS[request.param]
-    package = command.split()[0]
-    if not find_spec(package) and not os.environ.get("CI"):
-        pytest.skip(f"{package} is not installed")
-    port = free_port()
-    env = environment(url_of(connections[database].settings_dict), upstream.url)
-    with serving(sys.executable, "-m", *command.format(port=port).split(), port=port, env=env) as serving_it:
-        yield serving_it
+@pytest.fixture
+def serve(database: str, upstream: FakeUpstream, known_model: object) -> Iterator[Serve]:
+    """The site in a process of its own, under a server that a team may have chosen.
+
+    ``serve("daphne", GAP_SECONDS=1)``
+    """
+    with ExitStack() as processes:
+
+        def serve(name: str, **changes: Any) -> Serving:
+            package = name.split()[0]
+            if not find_spec(package) and not os.environ.get("CI"):
+                pytest.skip(f"{package} is not installed")
+            port = free_port()
+            command = (sys.executable, "-m", *SERVERS[name].format(port=port).split())
+            env = environment(url_of(connections[database].settings_dict), upstream.url, **changes)
+            return processes.enter_context(serving(*command, port=port, env=env))
+
+        yield serve
 
 
+@pytest.mark.parametrize("name", SERVERS)
 @on_sqlite
-def test_a_server_streams_and_hears_who_leaves_and_ends_politely(
-    server: Serving, upstream: FakeUpstream, settled: Settled, database: str
+def test_a_server_streams_and_hears_who_leaves_and_settles_all_it_can_before_it_ends(
+    name: str, serve: Serve, upstream: FakeUpstream, settled: Settled, database: str
 ) -> None:
     upstream.replies(Reply("one", " two", " three", gate_after=2))
+    server = serve(name)
     client = Client(server.port)
     with client.stream(x_forwarded_for="10.0.0.0") as reader:
         assert [reader.until("token")[1] for _ in range(2)] == ['"one"', '" two"']  # the model has not said more
@@ -68,8 +87,156 @@ def test_a_server_streams_and_hears_who_leaves_and_ends_politely(
             stream.until("token"), stream.until("token")
         server.process.terminate()
         server.process.wait(PATIENCE_SECONDS)
+        if name not in CLOSE_FIRST:
+            for stream in streams:
+                ((event, data),) = stream.rest()
+                assert event == "error" and '"code":"overloaded","retryable":true' in data
     upstream.wait_for_disconnect(1 + OPEN)
     rows = Reservation.objects.using(database).exclude(pk=left.pk)
     ends = [(row.state, row.outcome, row.usage_source, row.tokens_charged - row.prompt_tokens) for row in rows]
     assert ends == [("settled", "cancelled", "counted", 2 + IN_FLIGHT)] * OPEN, server.log.read_text()
     assert " chatnest" not in server.log.read_text(), "the package has complained"
+
+
+@on_sqlite
+def test_an_answer_that_is_read_on_unseen_is_settled_too(serve: Serve, upstream: FakeUpstream, database: str) -> None:
+    """No server knows of it: its request is over."""
+    upstream.replies(Reply("one", " two", gate_after=1))
+    server = serve("uvicorn", ON_DISCONNECT="drain")
+    with Client(server.port).stream(x_forwarded_for="10.0.0.0") as reader:
+        reader.until("token")
+    server.process.terminate()
+    server.process.wait(PATIENCE_SECONDS)
+    row = Reservation.objects.using(database).get()
+    assert (row.state, row.outcome, row.tokens_charged) == ("settled", "cancelled", row.tokens)
+
+
+@on_sqlite
+def test_an_answer_may_still_come_to_its_end(serve: Serve, upstream: FakeUpstream, settled: Settled) -> None:
+    upstream.replies(Reply("one", " two", gate_after=1))
+    server = serve("uvicorn without a timeout")
+    with Client(server.port).stream(x_forwarded_for="10.0.0.0") as reader:
+        reader.until("token")
+        server.process.terminate()
+        eventually(lambda: "Waiting for connections to close" in server.log.read_text())
+        upstream.release()
+        assert reader.rest()[-1][0] == "done"
+    server.process.wait(PATIENCE_SECONDS)
+    assert [row.outcome for row in settled()] == ["completed"]
+
+
+# Lifespan, which a site's own application may answer too.
+
+
+async def answers(scope: Any, receive: Any, send: Any) -> None:
+    for _ in range(2):
+        await send({"type": f"{(await receive())['type']}.complete"})
+
+
+async def hears_and_refuses(scope: Any, receive: Any, send: Any) -> None:
+    raise ValueError(await receive())
+
+
+async def breaks_later(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": f"{(await receive())['type']}.complete"})
+    raise ValueError
+
+
+async def has_nothing_to_say(scope: Any, receive: Any, send: Any) -> None:
+    return
+
+
+async def cannot_start(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.failed", "message": "no cache"})
+    raise ValueError
+
+
+def said_by(application: Any) -> list[str]:
+    """What a server hears of a worker."""
+    events = iter(["lifespan.startup", "lifespan.shutdown"])
+    said = []
+
+    async def receive() -> Any:
+        return {"type": next(events)}
+
+    async def send(message: Any) -> None:
+        said.append(message["type"])
+
+    asyncio.run(for_streaming(application)({"type": "lifespan"}, receive, send))
+    return said
+
+
+@pytest.mark.parametrize("site", [answers, hears_and_refuses, breaks_later, has_nothing_to_say, get_asgi_application()])
+@on_sqlite
+def test_a_worker_starts_and_ends_whatever_the_site_makes_of_it(site: Any, database: str) -> None:
+    assert said_by(site) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+@on_sqlite
+def test_a_site_that_cannot_start_does_not(database: str) -> None:
+    assert said_by(cannot_start) == ["lifespan.startup.failed"]
+
+
+@on_sqlite
+def test_the_ledger_is_there_before_the_first_request_and_ends_with_the_last(database: str) -> None:
+    threads_then: list[Any] = []
+
+    async def looks(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        threads_then.append(batcher._thread)
+        await send({"type": "lifespan.startup.complete"})
+
+    said_by(looks)
+    assert threads_then[0].name == "chatnest-ledger"
+    assert not threads_then[0].is_alive()
+
+
+@on_sqlite
+def test_what_the_ledger_logs_is_not_filed_under_the_request_that_woke_it(database: str) -> None:
+    """Sentry hands a thread the data of whoever starts it."""
+    sentry_sdk.init(dsn="http://key@127.0.0.1:9/1", transport=Silent)
+    try:
+        with sentry_sdk.isolation_scope() as request:
+            request.set_tag("visitor", "the first")
+            tags = asyncio.run(batcher.query(lambda: sentry_sdk.get_isolation_scope()._tags))
+    finally:
+        sentry_sdk.get_client().close()
+        sentry_sdk.init()
+    assert tags == {}
+
+
+# The first request.
+
+
+@pytest.mark.parametrize(
+    ("starts", "is_ready"),
+    [("from django.core.asgi import get_asgi_application as setup", True), ("from django import setup", False)],
+    ids=["a server", "a command"],
+)
+def test_what_freezes_a_worker_is_done_before_anybody_asks_it(starts: str, is_ready: bool) -> None:
+    """Without for_streaming too. To load the tokenizer takes a second in which nothing else runs, in any thread."""
+    script = f"""
+import sys
+{starts}
+setup()
+from chatnest import tokens
+print(bool(tokens._tokenizer.cache_info().currsize), "openai" in sys.modules, end="")
+"""
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "project.settings"}
+    ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == f"{is_ready} {is_ready}", ran.stderr
+
+
+@on_sqlite
+def test_an_asgiref_that_lends_no_threads_serves_with_its_own(
+    database: str, upstream: FakeUpstream, settled: Settled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Before313(ThreadSensitiveContext):
+        def __init__(self) -> None:
+            super().__init__()
+
+    monkeypatch.setattr(threads, "ThreadSensitiveContext", Before313)
+    with served(for_streaming(get_asgi_application())) as server:
+        assert Client(port_of(server)).chat().events[-1] == "done"
+    settled()
