@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 from django.apps import AppConfig
 from django.db.models.signals import post_migrate
 
@@ -13,3 +15,7 @@ class ChatnestConfig(AppConfig):
         from . import checks, signals  # noqa: F401 - they register themselves
 
         post_migrate.connect(signals.deliver_rows, sender=self)
+        if "django.core.asgi" in sys.modules:  # to serve, and not a command: nobody is to wait while these are loaded
+            from . import tokens, views  # noqa: F401 - views: with the openai package
+
+            tokens.warm_up()

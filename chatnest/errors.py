@@ -100,6 +100,12 @@ class Overloaded(ChatError):
     message = "The chat is very busy right now. Please try again shortly."
 
 
+class Restarting(Overloaded):
+    """The process ends in the middle of an answer; another will take the next request."""
+
+    message = "The chat is being restarted. Please try again."
+
+
 class UpstreamError(ChatError):
     """The model's provider failed.
 

@@ -8,20 +8,23 @@ How it may end, and where that is noticed:
     the client leaves, or the server cancels                ``aclose``, or ``close`` where Django skips that
     nobody ever reads it, or forgets to close it            ``__del__``
     an operator stops it                                    ``stop``
+    the process is told to end                              ``end_streams``, or at its exit
     the process dies                                        the lease: another process charges the hold
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
+import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Self
 
 from .conf import provider, settings
 from .deadlines import GRACE_SECONDS, Deadlines, Enough
-from .errors import ChatError, InternalError, Paused, UpstreamError
+from .errors import ChatError, InternalError, Paused, Restarting, UpstreamError
 from .frames import Frames
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
@@ -125,21 +128,22 @@ class Chat:
 
     def stop(self) -> None:
         """An operator's stop, from any thread: the stream ends with an ``error`` frame ``paused``."""
-        self.call_soon(self._interrupt, Paused(retry_after=60))
+        self.call_soon(self.interrupt, Paused(retry_after=60))
 
     def call_soon(self, what: Callable[..., None], *arguments: object) -> None:
         """In the loop's thread. Without a loop there is no pump either: what it held is settled here."""
         try:
             self._loop.call_soon_threadsafe(what, *arguments)
         except RuntimeError:
-            self.end()
+            self.settle_now()
 
-    def end(self) -> None:
-        """Settle it here and now: no loop will."""
+    def settle_now(self) -> None:
+        """For what has come, without the pump."""
         if not self._settled:
             batcher.settle(self._conclude(Outcome.CANCELLED))
 
-    def _interrupt(self, why: Exception) -> None:
+    def interrupt(self, why: Exception) -> None:
+        """The stream ends with an ``error`` frame that says why. In the loop's thread."""
         if self._pump and not (self._settled or self._why):
             self._why = why
             self._pump.cancel()
@@ -151,9 +155,9 @@ class Chat:
         self._reading = asyncio.current_task()
         self._frames.write(chatnest.START)
         self._pump = self._loop.create_task(self._run())
-        _pumps.add(self._pump)
-        self._pump.add_done_callback(_pumps.discard)
-        self._deadlines.begin(self._interrupt)
+        _chats[self._pump] = self
+        self._pump.add_done_callback(self._pump_has_ended)
+        self._deadlines.begin(self.interrupt)
 
     async def _run(self) -> None:
         try:
@@ -173,6 +177,11 @@ class Chat:
                 self._patience = self._loop.call_at(when, self._give_up_reader)
             if self._call:
                 await self._call.close()
+
+    def _pump_has_ended(self, pump: asyncio.Task[None]) -> None:
+        del _chats[pump]
+        self.settle_now()  # if it was cancelled before its first step
+        self._frames.end()
 
     async def _relay(self) -> None:
         """The answer, to its end. Raises ChatError where it has none, and CancelledError if nobody reads it."""
@@ -286,6 +295,8 @@ class Chat:
     def _outcome(self, problem: ChatError) -> Reservation.Outcome:
         if problem is not self._why:
             return Outcome.UPSTREAM_ERROR
+        if isinstance(problem, Restarting):
+            return Outcome.CANCELLED
         return Outcome.STOPPED if isinstance(problem, Paused) else Outcome.TIMED_OUT
 
     def _conclude(self, outcome: Reservation.Outcome) -> Settle:
@@ -325,13 +336,21 @@ class Chat:
             self._reading.cancel()
 
 
-_pumps: Final[set[asyncio.Task[None]]] = set()  # a loop's own references to its tasks are weak
+_chats: Final[dict[asyncio.Task[None], Chat]] = {}  # by their pumps, of which a loop's own references are weak
+os.register_at_fork(after_in_child=_chats.clear)
 
 
 async def end_streams() -> None:
-    """End all of this loop's chats, as if their readers had left, and wait until they are settled."""
+    """The process ends: so do this loop's streams. When this returns, they are settled for what was received."""
     loop = asyncio.get_running_loop()
-    if pumps := [pump for pump in _pumps if pump.get_loop() is loop]:
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.wait(pumps)
+    while chats := {pump: chat for pump, chat in _chats.items() if pump.get_loop() is loop}:
+        for chat in chats.values():
+            chat.interrupt(Restarting(retry_after=1))
+        await asyncio.wait(chats)
+
+
+@atexit.register  # after the batcher, so called before it
+def settle_streams() -> None:
+    """What no loop has ended: some servers leave theirs in the middle of a turn."""
+    for chat in list(_chats.values()):
+        chat.settle_now()

@@ -188,7 +188,10 @@ class TokenCounter:
 
 
 def warm_up() -> None:
-    """Load the vocabulary that estimates: 0.8 s in which nothing else runs, better at start than later."""
+    """Load the vocabulary that estimates: 0.8 s in which nothing else runs, so not once there are requests.
+
+    A thread would be no help, for toktok keeps the interpreter's lock.
+    """
     _tokenizer("o200k_base")
 
 

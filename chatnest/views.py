@@ -17,6 +17,7 @@ from django.views.decorators.csrf import csrf_exempt
 
 from . import ledger
 from .accounts import charged, is_stranger
+from .asgi.lifespan import hear_sigterm
 from .asgi.threads import let_request_thread_go
 from .conf import provider, settings
 from .conversation import awindow
@@ -114,6 +115,7 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
 
 async def begin(request: HttpRequest, accounts: Sequence[str]) -> ChatStream:
     """The stream that these accounts pay for, if they may have one. Raises ChatError."""
+    hear_sigterm()
     asked = chatnest.parse(read_body(request))
     terms = (await batcher.policy(accounts)).terms(accounts, asked.profile, asked)
     if refusal := refusals.recall(terms):

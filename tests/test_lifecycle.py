@@ -1,171 +1,242 @@
-"""A process begins and ends, under each server that a site may have: whoever ends it politely loses nothing.
-
-https://asgi.readthedocs.io/en/latest/specs/lifespan.html, and what is done where a server has no such thing.
-"""
+"""A worker's life under each ASGI server: it streams, it hears who leaves, and told to end it settles what it can."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from datetime import UTC, datetime, time, timedelta
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import pytest
-from asgiref.testing import ApplicationCommunicator
+import sentry_sdk
+from asgiref.sync import ThreadSensitiveContext
+from django.core.asgi import get_asgi_application
 from django.db import connections
 
-from chatnest.asgi import for_streaming
+from chatnest.asgi import for_streaming, threads
+from chatnest.ledger.batcher import batcher
+from chatnest.ledger.charges import IN_FLIGHT
 from chatnest.models import Reservation
 from chatnest.testing import FakeUpstream, Reply
 
-from .benchmarks import processes
-from .benchmarks.machine import ROOT
+from .benchmarks.processes import Serving, environment, free_port, serving, url_of
 from .client import Client
-from .conftest import eventually, not_here
+from .conftest import Settled, eventually, on_sqlite, port_of, served
+from .test_call import Silent
+
+PATIENCE_SECONDS = 30
+OPEN = 4
 
 SITE = "project.asgi:application"
-# What each is called, the module that must be there, and how it is told to end its streams within a second or two.
 SERVERS = {
-    "uvicorn": ("uvicorn", "-m uvicorn {site} --port {port} --timeout-graceful-shutdown 1"),
-    "gunicorn": ("uvicorn_worker", "-m gunicorn {site} -k tests.gunicorn_worker.Worker -b 127.0.0.1:{port}"),
-    "hypercorn": ("hypercorn", "-m hypercorn {site} --bind 127.0.0.1:{port} --graceful-timeout 1"),
-    "daphne": ("daphne", "-m daphne -b 127.0.0.1 -p {port} {site}"),  # has no lifespan
-    "granian": ("granian", "-m granian --interface asgi --host 127.0.0.1 --port {port} {site}"),
+    "uvicorn": f"uvicorn {SITE} --port {{port}} --timeout-graceful-shutdown 1",
+    "uvicorn without a timeout": f"uvicorn {SITE} --port {{port}}",
+    "uvicorn without lifespan": f"uvicorn {SITE} --port {{port}} --lifespan off --timeout-graceful-shutdown 5",
+    "uvicorn without for_streaming": "uvicorn django.core.asgi:get_asgi_application --factory --port {port}",
+    "gunicorn": f"gunicorn {SITE} -k uvicorn_worker.UvicornWorker -b 127.0.0.1:{{port}}",
+    "granian": f"granian {SITE} --interface asgi --port {{port}}",
+    "hypercorn": f"hypercorn {SITE} -b 127.0.0.1:{{port}} --graceful-timeout 1",
+    "daphne": f"daphne {SITE} -p {{port}}",
 }
-WAITS_FOR_STREAMS = {"granian"}  # however long, and then kills: what is open is charged by its lease
+CLOSE_FIRST = ("uvicorn", "hypercorn", "daphne")  # the connections of their readers
+
+Serve = Callable[..., Serving]
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("lifecycle") / "empty.sqlite3"
-    migrate = [sys.executable, "manage.py", "migrate", "-v0"]
-    subprocess.run(migrate, cwd=ROOT, env={**os.environ, **environment(f"sqlite:///{file}", "")}, check=True)
-    return file
+@pytest.fixture
+def serve(database: str, upstream: FakeUpstream, known_model: object) -> Iterator[Serve]:
+    """The site in a process of its own, under a server that a team may have chosen.
 
+    ``serve("daphne", GAP_SECONDS=1)``
+    """
+    with ExitStack() as processes:
 
-def environment(url: str, upstream: str) -> dict[str, str]:
-    return {
-        "DJANGO_SETTINGS_MODULE": "tests.benchmarks.settings",
-        "SECRET_KEY": "lifecycle",
-        "DEBUG": "",
-        "DATABASE_URL": url,
-        "OPENAI_API_KEY": "sk-lifecycle",
-        "OPENAI_BASE_URL": upstream,
-    }
+        def serve(name: str, **changes: Any) -> Serving:
+            package = name.split()[0]
+            if not find_spec(package) and not os.environ.get("CI"):
+                pytest.skip(f"{package} is not installed")
+            port = free_port()
+            command = (sys.executable, "-m", *SERVERS[name].format(port=port).split())
+            env = environment(url_of(connections[database].settings_dict), upstream.url, **changes)
+            return processes.enter_context(serving(*command, port=port, env=env))
 
-
-class Site:
-    def __init__(self, file: Path, upstream: FakeUpstream, serving: processes.Serving) -> None:
-        self.file, self.upstream, self.serving = file, upstream, serving
-
-    def stream(self, address: str) -> Any:
-        return Client(self.serving.port, connection="close").stream(x_forwarded_for=address)
-
-    def reservations(self) -> list[tuple[Any, ...]]:
-        with closing(sqlite3.connect(self.file)) as connection:
-            query = "SELECT payer, state, outcome FROM chatnest_reservation ORDER BY payer"
-            return connection.execute(query).fetchall()
-
-    def end(self) -> None:
-        self.serving.process.terminate()
-        self.serving.process.wait(30)
-
-
-@contextmanager
-def site(name: str, tables: Path, folder: Path) -> Iterator[Site]:
-    module, command = SERVERS[name]
-    if find_spec(module) is None:
-        not_here(f"{name} is not installed")
-    file = Path(shutil.copy(tables, folder / "site.sqlite3"))
-    port = processes.free_port()
-    arguments = command.format(site=SITE, port=port).split()
-    with (
-        FakeUpstream() as upstream,
-        processes.serving(
-            sys.executable, *arguments, port=port, env=environment(f"sqlite:///{file}", upstream.url)
-        ) as serving,
-    ):
-        yield Site(file, upstream, serving)
+        yield serve
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_a_polite_end_settles_what_it_can(name: str, tables: Path, tmp_path: Path) -> None:
-    with site(name, tables, tmp_path) as running, ExitStack() as readers:
-        running.upstream.replies(Reply("Hello", " world", gate_after=1))
-        left, *stay = [readers.enter_context(running.stream(f"198.18.0.{n}")) for n in (1, 2, 3)]
-        for stream in (left, *stay):
-            stream.until("token")  # it streams: the model is still at it
-        left.leave()
-        running.upstream.wait_for(lambda: running.upstream.open_connections == len(stay))
-        eventually(lambda: ("ip:198.18.0.1", "settled", "cancelled") in running.reservations())
-        if name in WAITS_FOR_STREAMS:
-            for stream in stay:
-                stream.leave()
-            running.upstream.wait_for(lambda: running.upstream.open_connections == 0)
+@on_sqlite
+def test_a_server_streams_and_hears_who_leaves_and_settles_all_it_can_before_it_ends(
+    name: str, serve: Serve, upstream: FakeUpstream, settled: Settled, database: str
+) -> None:
+    upstream.replies(Reply("one", " two", " three", gate_after=2))
+    server = serve(name)
+    client = Client(server.port)
+    with client.stream(x_forwarded_for="10.0.0.0") as reader:
+        assert [reader.until("token")[1] for _ in range(2)] == ['"one"', '" two"']  # the model has not said more
+    upstream.wait_for_disconnect()
+    (left,) = settled()
+    assert (left.outcome, left.usage_source) == ("cancelled", "counted")
 
-        running.end()
+    with ExitStack() as readers:
+        streams = [readers.enter_context(client.stream(x_forwarded_for=f"10.0.0.{n + 1}")) for n in range(OPEN)]
+        for stream in streams:
+            stream.until("token"), stream.until("token")
+        server.process.terminate()
+        server.process.wait(PATIENCE_SECONDS)
+        if name not in CLOSE_FIRST:
+            for stream in streams:
+                ((event, data),) = stream.rest()
+                assert event == "error" and '"code":"overloaded","retryable":true' in data
+    upstream.wait_for_disconnect(1 + OPEN)
+    rows = Reservation.objects.using(database).exclude(pk=left.pk)
+    ends = [(row.state, row.outcome, row.usage_source, row.tokens_charged - row.prompt_tokens) for row in rows]
+    assert ends == [("settled", "cancelled", "counted", 2 + IN_FLIGHT)] * OPEN, server.log.read_text()
+    assert " chatnest" not in server.log.read_text(), "the package has complained"
 
-        assert [row[1:] for row in running.reservations()] == [("settled", "cancelled")] * 3
-        running.upstream.wait_for(lambda: running.upstream.open_connections == 0)
+
+@on_sqlite
+def test_an_answer_that_is_read_on_unseen_is_settled_too(serve: Serve, upstream: FakeUpstream, database: str) -> None:
+    """No server knows of it: its request is over."""
+    upstream.replies(Reply("one", " two", gate_after=1))
+    server = serve("uvicorn", ON_DISCONNECT="drain")
+    with Client(server.port).stream(x_forwarded_for="10.0.0.0") as reader:
+        reader.until("token")
+    server.process.terminate()
+    server.process.wait(PATIENCE_SECONDS)
+    row = Reservation.objects.using(database).get()
+    assert (row.state, row.outcome, row.tokens_charged) == ("settled", "cancelled", row.tokens)
 
 
-async def site_of_its_own(scope: Any, receive: Any, send: Any) -> None:
-    """A site whose application answers lifespan itself, as Starlette's do."""
-    for event in ("startup", "shutdown"):
-        assert await receive() == {"type": f"lifespan.{event}"}
-        scope["state"].append(event)
-        await send({"type": f"lifespan.{event}.complete"})
+@on_sqlite
+def test_an_answer_may_still_come_to_its_end(serve: Serve, upstream: FakeUpstream, settled: Settled) -> None:
+    upstream.replies(Reply("one", " two", gate_after=1))
+    server = serve("uvicorn without a timeout")
+    with Client(server.port).stream(x_forwarded_for="10.0.0.0") as reader:
+        reader.until("token")
+        server.process.terminate()
+        eventually(lambda: "Waiting for connections to close" in server.log.read_text())
+        upstream.release()
+        assert reader.rest()[-1][0] == "done"
+    server.process.wait(PATIENCE_SECONDS)
+    assert [row.outcome for row in settled()] == ["completed"]
 
 
-async def one_that_breaks(scope: Any, receive: Any, send: Any) -> None:
+# Lifespan, which a site's own application may answer too.
+
+
+async def answers(scope: Any, receive: Any, send: Any) -> None:
+    for _ in range(2):
+        await send({"type": f"{(await receive())['type']}.complete"})
+
+
+async def hears_and_refuses(scope: Any, receive: Any, send: Any) -> None:
+    raise ValueError(await receive())
+
+
+async def breaks_later(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": f"{(await receive())['type']}.complete"})
+    raise ValueError
+
+
+async def has_nothing_to_say(scope: Any, receive: Any, send: Any) -> None:
+    return
+
+
+async def cannot_start(scope: Any, receive: Any, send: Any) -> None:
     await receive()
-    raise RuntimeError("the site's own startup failed")
+    await send({"type": "lifespan.startup.failed", "message": "no cache"})
+    raise ValueError
 
 
-async def test_a_site_that_has_a_lifespan_keeps_it() -> None:
-    seen: list[str] = []
-    server = ApplicationCommunicator(for_streaming(site_of_its_own), {"type": "lifespan", "state": seen})
-    for event in ("startup", "shutdown"):
-        await server.send_input({"type": f"lifespan.{event}"})
-        assert await server.receive_output() == {"type": f"lifespan.{event}.complete"}
-    await server.wait()
-    assert seen == ["startup", "shutdown"]
+def said_by(application: Any) -> list[str]:
+    """What a server hears of a worker."""
+    events = iter(["lifespan.startup", "lifespan.shutdown"])
+    said = []
+
+    async def receive() -> Any:
+        return {"type": next(events)}
+
+    async def send(message: Any) -> None:
+        said.append(message["type"])
+
+    asyncio.run(for_streaming(application)({"type": "lifespan"}, receive, send))
+    return said
 
 
-async def test_a_site_whose_own_start_fails_is_not_started() -> None:
-    server = ApplicationCommunicator(for_streaming(one_that_breaks), {"type": "lifespan"})
-    await server.send_input({"type": "lifespan.startup"})
-    with pytest.raises(RuntimeError, match="own startup"):
-        await server.wait()
+@pytest.mark.parametrize("site", [answers, hears_and_refuses, breaks_later, has_nothing_to_say, get_asgi_application()])
+@on_sqlite
+def test_a_worker_starts_and_ends_whatever_the_site_makes_of_it(site: Any, database: str) -> None:
+    assert said_by(site) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-# And a site whose clock has no zone.
+@on_sqlite
+def test_a_site_that_cannot_start_does_not(database: str) -> None:
+    assert said_by(cannot_start) == ["lifespan.startup.failed"]
 
 
-def test_with_use_tz_off_a_day_is_the_sites_own_and_adds_up(database: str) -> None:
-    url = processes.url_of(connections[database].settings_dict)
-    port = processes.free_port()
-    serve = f"-m uvicorn {SITE} --port {port} --timeout-graceful-shutdown 1".split()
-    with FakeUpstream() as upstream:
-        env = {**environment(url, upstream.url), "DJANGO_SETTINGS_MODULE": "tests.naive_settings"}
-        with processes.serving(sys.executable, *serve, port=port, env=env):
-            client = Client(port, connection="close")
-            assert [client.chat().events[-1] for _ in range(2)] == ["done", "done"]
-            standing = client.usage()
-            assert standing["usedToday"] == 28
-            midnight = datetime.fromisoformat(standing["resetsAt"]).astimezone(ZoneInfo("Europe/Berlin"))
-            assert midnight.time() == time()
-            assert timedelta(0) < midnight - datetime.now(UTC) <= timedelta(hours=25)
-            with client.stream() as stream:
-                stream.until("token")
-            eventually(lambda: not Reservation.objects.using(database).open().exists())
-        for command in ("chatnest_usage", "chatnest_verify"):
-            subprocess.run([sys.executable, "manage.py", command], cwd=ROOT, env={**os.environ, **env}, check=True)
+@on_sqlite
+def test_the_ledger_is_there_before_the_first_request_and_ends_with_the_last(database: str) -> None:
+    threads_then: list[Any] = []
+
+    async def looks(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        threads_then.append(batcher._thread)
+        await send({"type": "lifespan.startup.complete"})
+
+    said_by(looks)
+    assert threads_then[0].name == "chatnest-ledger"
+    assert not threads_then[0].is_alive()
+
+
+@on_sqlite
+def test_what_the_ledger_logs_is_not_filed_under_the_request_that_woke_it(database: str) -> None:
+    """Sentry hands a thread the data of whoever starts it."""
+    sentry_sdk.init(dsn="http://key@127.0.0.1:9/1", transport=Silent)
+    try:
+        with sentry_sdk.isolation_scope() as request:
+            request.set_tag("visitor", "the first")
+            tags = asyncio.run(batcher.query(lambda: sentry_sdk.get_isolation_scope()._tags))
+    finally:
+        sentry_sdk.get_client().close()
+        sentry_sdk.init()
+    assert tags == {}
+
+
+# The first request.
+
+
+@pytest.mark.parametrize(
+    ("starts", "is_ready"),
+    [("from django.core.asgi import get_asgi_application as setup", True), ("from django import setup", False)],
+    ids=["a server", "a command"],
+)
+def test_what_freezes_a_worker_is_done_before_anybody_asks_it(starts: str, is_ready: bool) -> None:
+    """Without for_streaming too. To load the tokenizer takes a second in which nothing else runs, in any thread."""
+    script = f"""
+import sys
+{starts}
+setup()
+from chatnest import tokens
+print(bool(tokens._tokenizer.cache_info().currsize), "openai" in sys.modules, end="")
+"""
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "project.settings"}
+    ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == f"{is_ready} {is_ready}", ran.stderr
+
+
+@on_sqlite
+def test_an_asgiref_that_lends_no_threads_serves_with_its_own(
+    database: str, upstream: FakeUpstream, settled: Settled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Before313(ThreadSensitiveContext):
+        def __init__(self) -> None:
+            super().__init__()
+
+    monkeypatch.setattr(threads, "ThreadSensitiveContext", Before313)
+    with served(for_streaming(get_asgi_application())) as server:
+        assert Client(port_of(server)).chat().events[-1] == "done"
+    settled()

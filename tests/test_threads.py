@@ -51,12 +51,14 @@ def users_in_postgres(settings: Any) -> None:
 def plain_port(settings: Any) -> Iterator[int]:
     """A site that uses Django's own application and middleware, and none of chatnest's."""
     settings.MIDDLEWARE = PLAIN_MIDDLEWARE
+    was_there = signals.request_finished.disconnect(close_old_connections)  # where asgiref lends no threads
     signals.request_finished.connect(close_old_connections)
     try:
         with served(get_asgi_application()) as server:
             yield port_of(server)
     finally:
-        signals.request_finished.disconnect(close_old_connections)
+        if not was_there:
+            signals.request_finished.disconnect(close_old_connections)
 
 
 @pytest.fixture(params=["chatnest's application", "Django's application"])

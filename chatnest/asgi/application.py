@@ -1,4 +1,4 @@
-"""For a site's ``asgi.py``, optional: requests cost less, and the first one waits for nothing that could be ready.
+"""For a site's ``asgi.py``, optional: requests cost less, and a worker begins and ends well.
 
 application = for_streaming(get_asgi_application())
 """
@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
-from asgiref.sync import ThreadSensitiveContext
-from django.core import signals
-from django.db import close_old_connections, reset_queries
 from django.urls import get_resolver
 
 from ..provider.http import tls
 from ..tokens import warm_up
-from .threads import BorrowedThread
+from .threads import share_threads
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
+GRACE_SECONDS: Final = 3.0  # less than any platform gives a process before it kills it
 
-def for_streaming(application: ASGI) -> ASGI:
+
+def for_streaming(application: ASGI, *, grace_seconds: float = GRACE_SECONDS) -> ASGI:
     """Django's ``application`` (or one around it), with its threads shared by the process's requests.
 
-    It answers the server's ``lifespan``: streams that are open when the server ends are settled for what came.
-
-    Django's own receivers that look after connections are disconnected, since a borrowed thread's are looked
-    after when it goes back: for them, every request would go to a thread twice more.
+    It answers ASGI's lifespan. Answers may go on for ``grace_seconds`` after a SIGTERM, or until ``lifespan.shutdown``
+    if that comes first.
     """
-    from .lifespan import lifespan  # models, which ``get_asgi_application`` has made ready by now
+    from .lifespan import lifespan  # models: a site's asgi.py imports this file before Django is set up
 
     warm_up()
     tls()  # reads the system's certificates
@@ -37,18 +34,12 @@ def for_streaming(application: ASGI) -> ASGI:
     # The collector need not look through every module again and again: a seventh of a request's CPU.
     gc.collect()
     gc.freeze()
-    signals.request_started.disconnect(reset_queries)
-    signals.request_started.disconnect(close_old_connections)
-    signals.request_finished.disconnect(close_old_connections)
+    serve = share_threads(application)
 
-    async def shared(scope: Any, receive: Any, send: Any) -> None:
+    async def worker(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            return await lifespan(application, scope, receive, send)
-        thread = BorrowedThread()
-        try:
-            async with ThreadSensitiveContext(executor=thread):
-                await application(scope, receive, send)
-        finally:
-            thread.shutdown()
+            await lifespan(application, receive, send, scope=scope, grace_seconds=grace_seconds)
+        else:
+            await serve(scope, receive, send)
 
-    return shared
+    return worker

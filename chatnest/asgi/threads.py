@@ -3,15 +3,20 @@
 asgiref makes a thread for each request that runs sync code, and another to wait for its end; and Django runs
 some for every request, if only to look after database connections that an async view never opened. A borrowed
 thread goes back when it is not needed, and its connections are looked after then.
+
+What it touches: asgiref's ``ThreadSensitiveContext``, which takes an executor since 3.13 (before, Django's own threads
+serve), and ``SyncToAsync.context_to_thread_executor``; Django's receivers that look after connections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from inspect import signature
 from typing import Any, Final, TypeVar
 
-from asgiref.sync import SyncToAsync
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from django.core import signals
 from django.db import close_old_connections, connections, reset_queries
 
 T = TypeVar("T")
@@ -56,6 +61,29 @@ class BorrowedThread(Executor):
             self._thread.submit(_close_connections)
             self.shutdown()
         self._thread = ENDS
+
+
+def share_threads(application: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """``application`` with a borrowed thread for each request.
+
+    Django's own receivers that look after connections are disconnected, since a borrowed thread's are looked
+    after when it goes back: for them, every request would go to a thread twice more.
+    """
+    if "executor" not in signature(ThreadSensitiveContext).parameters:
+        return application
+    signals.request_started.disconnect(reset_queries)
+    signals.request_started.disconnect(close_old_connections)
+    signals.request_finished.disconnect(close_old_connections)
+
+    async def shared(scope: Any, receive: Any, send: Any) -> None:
+        thread = BorrowedThread()
+        try:
+            async with ThreadSensitiveContext(executor=thread):
+                await application(scope, receive, send)
+        finally:
+            thread.shutdown()
+
+    return shared
 
 
 def let_request_thread_go() -> None:

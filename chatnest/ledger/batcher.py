@@ -146,13 +146,7 @@ class Batcher:
             thread.join(CLOSE_SECONDS)
             self._thread, self._outage = None, Outage()
 
-    def end(self) -> None:
-        """At the end of the process, where no lifespan came before it: streams whose loop runs no more are settled."""
-        for stream in [stream for ref in self._live.valuerefs() if (stream := ref())]:
-            stream.end()
-        self.close()
-
 
 batcher: Final = Batcher()
-atexit.register(batcher.end)
+atexit.register(batcher.close)
 os.register_at_fork(after_in_child=batcher._begin)

@@ -38,12 +38,11 @@ IDLE_SECONDS: Final = 10.0
 
 
 class LiveStream(Protocol):
-    """A stream whose lease is renewed. ``stop`` is called from the worker's thread, ``end`` where no loop runs."""
+    """A stream whose lease is renewed. ``stop`` is called from the worker's thread."""
 
     @property
     def hold(self) -> Hold: ...
     def stop(self) -> None: ...
-    def end(self) -> None: ...
 
 
 class Worker:

@@ -92,6 +92,7 @@ def serving(
             _wait_for(port, process, log, patience)
             yield Serving(port, process, log)
         finally:
+            workers = process.children(recursive=True) if process.is_running() else []
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
             try:
@@ -99,6 +100,9 @@ def serving(
             except psutil.TimeoutExpired:  # streams are open
                 process.kill()
                 process.wait()
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
 
 def _wait_for(port: int, process: psutil.Popen, log: Path, patience: float) -> None:
@@ -124,7 +128,12 @@ def chatnest(
         f"{sys.executable} -m uvicorn {application} --port {port} --lifespan off --log-level warning"
         " --no-proxy-headers --backlog 8192"
     )
-    env = {
+    return serving(*command.split(), port=port, env=environment(database_url, upstream_url, **changes), cpu=cpu)
+
+
+def environment(database_url: str, upstream_url: str, **changes: Any) -> dict[str, str]:
+    """The demo site's, under any server."""
+    return {
         "DJANGO_SETTINGS_MODULE": "tests.benchmarks.settings",
         "SECRET_KEY": "benchmarks",
         "DEBUG": "",
@@ -134,7 +143,6 @@ def chatnest(
         # No TOKENIZER: a token here carries a number that OpenAI's would cut in nine, so that answers end early.
         "CHATNEST_CHANGES": json.dumps(changes),
     }
-    return serving(*command.split(), port=port, env=env, cpu=cpu)
 
 
 @contextmanager
