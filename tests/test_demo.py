@@ -93,16 +93,16 @@ def demo(folder: Path, *arguments: str, **variables: str) -> Iterator[Demo]:
             running.process.stdout.close()
 
 
-def log_in(client: Client, name: str, password: str) -> str:
+def log_in(client: Client, name: str, password: str, form: str = "/login/") -> str:
     """The cookies of somebody who logged in by the form."""
-    page = client.request("GET", "/login/")
+    page = client.request("GET", form)
     (token,) = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', page.text)
     (cookie,) = re.findall(r"csrftoken=(\w+)", page.headers["set-cookie"])
-    form = {"username": name, "password": password, "csrfmiddlewaretoken": token}
+    typed = {"username": name, "password": password, "csrfmiddlewaretoken": token}
     answer = client.request(
         "POST",
-        "/login/",
-        urlencode(form).encode(),
+        form,
+        urlencode(typed).encode(),
         content_type="application/x-www-form-urlencoded",
         cookie=f"csrftoken={cookie}",
     )
