@@ -18,5 +18,5 @@ The path of a request, in the order of the files to read:
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
 
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, asgi, admin,
-checks, signals, testing and management/.
+checks, routers, signals, testing and management/.
 """

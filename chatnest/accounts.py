@@ -24,7 +24,7 @@ from django.middleware.csrf import CsrfViewMiddleware
 from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext as _
 
-from .conf import payer_callable, settings
+from .conf import hook, settings
 from .errors import Forbidden, NotAuthenticated
 
 csrf_logger = logging.getLogger("django.security.csrf")  # where Django's own check says it
@@ -50,7 +50,7 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
     """
     user = await _user(request)
     accounts: list[object] = [*_of_user_or_address(request, user)]
-    if payer := payer_callable():
+    if payer := hook("PAYER"):
         accounts = await _asked(payer, request, accounts)
     if not accounts:
         raise NotAuthenticated()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Final, Literal
 
 from django.apps import apps
 from django.conf import settings as django_settings
@@ -14,10 +14,12 @@ from django.db import DatabaseError, connections, router
 from django.utils.module_loading import import_string
 
 from . import tokens
-from .conf import DEFAULT_PROVIDER, NAMES, complaint, payer_callable, provider, provider_names, settings
+from .conf import DEFAULT_PROVIDER, NAMES, complaint, hook, provider, provider_names, settings
 from .ledger.bulk import VENDORS
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
+
+HOOKS: Final[tuple[Literal["PAYER"], Literal["PREPARE"]]] = ("PAYER", "PREPARE")
 
 
 @register()
@@ -39,7 +41,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         for name, value in typed.items()
         if name in NAMES and (problem := complaint(name, value))
     ]
-    return [*unknown, *wrong] or [*_check_payer(), *_check_clients(), *_check_caps(), *_check_protection()]
+    return [*unknown, *wrong] or [*_check_hooks(), *_check_clients(), *_check_caps(), *_check_protection()]
 
 
 def _settings_are_wrong() -> bool:
@@ -47,14 +49,17 @@ def _settings_are_wrong() -> bool:
     return any(message.is_serious() for message in check_settings())
 
 
-def _check_payer() -> list[CheckMessage]:
-    problem = f"CHATNEST['PAYER'] is {settings.PAYER!r}, which is no callable that can be imported"
-    try:
-        if settings.PAYER is None or callable(payer_callable()):
-            return []
-    except ImportError as error:
-        problem += f": {error}"
-    return [Error(problem, id="chatnest.E008")]
+def _check_hooks() -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    for name in HOOKS:
+        problem = f"CHATNEST[{name!r}] is {getattr(settings, name)!r}, which is no callable that can be imported"
+        try:
+            if getattr(settings, name) is None or callable(hook(name)):
+                continue
+        except ImportError as error:
+            problem += f": {error}"
+        messages.append(Error(problem, id="chatnest.E008"))
+    return messages
 
 
 def _check_clients() -> list[CheckMessage]:
@@ -142,7 +147,28 @@ def check_database(**kwargs: Any) -> list[CheckMessage]:
                 id="chatnest.E011",
             )
         ]
-    return []
+    return _check_routers(alias)
+
+
+def _check_routers(alias: str) -> list[CheckMessage]:
+    """The admin writes, ``migrate`` makes and the ledger reads one and the same row, or a pause would stop nothing."""
+    astray = [
+        f"{model.__name__} is {what} {found!r}"
+        for model in apps.get_app_config("chatnest").get_models()
+        for what, found in [("read from", router.db_for_read(model)), ("written to", router.db_for_write(model))]
+        if found != alias
+    ]
+    if not (astray or router.allow_migrate_model(alias, Profile)):
+        astray = ["migrate makes no tables of chatnest there"]
+    if not astray:
+        return []
+    return [
+        Error(
+            f"CHATNEST['DATABASE_ALIAS'] is {alias!r}, but {astray[0]}: what operators edit would not be in force.",
+            hint="Put 'chatnest.routers.LedgerRouter' first in DATABASE_ROUTERS.",
+            id="chatnest.E012",
+        )
+    ]
 
 
 def _is_psycopg3() -> bool:

@@ -30,6 +30,7 @@ class Settings:
     ANONYMOUS_DAILY_TOKEN_LIMIT: int | None = None  # None: a fifth of the site's
     ALLOW_ANONYMOUS: bool = False
     PAYER: str | Callable[..., Any] | None = None
+    PREPARE: str | Callable[..., Any] | None = None
     TRUSTED_PROXIES: int = 0
     TIME_ZONE: str | None = None
     OPENAI_API_KEY: str = ""
@@ -134,7 +135,10 @@ _FLAG: Rule = (lambda value: isinstance(value, bool), "True or False")
 _TEXT: Rule = (lambda value: isinstance(value, str), "a string")
 
 _ADDRESS: Rule = (lambda value: _is_address(value), "an address that begins with http:// or https://")
-_CALLABLE: Rule = (lambda value: value is None or isinstance(value, str) or callable(value), "a callable or its path")
+_CALLABLE: Rule = (
+    lambda value: value is None or isinstance(value, str) or callable(value),
+    "a callable, its dotted path, or None",
+)
 _STRINGS: Rule = (
     lambda value: _is_dict(value) and all(isinstance(one, str) for one in value.values()),
     "a dict of strings",
@@ -152,10 +156,8 @@ _RULES: Final[Mapping[str, Rule]] = {
         "a whole number, 0 or more, or None",
     ),
     "ALLOW_ANONYMOUS": _FLAG,
-    "PAYER": (
-        lambda value: value is None or isinstance(value, str) or callable(value),
-        "a callable, its dotted path, or None",
-    ),
+    "PAYER": _CALLABLE,
+    "PREPARE": _CALLABLE,
     "TRUSTED_PROXIES": _COUNT,
     "TIME_ZONE": (lambda value: value is None or _is_zone(value), "the name of a time zone, or None"),
     "OPENAI_API_KEY": _TEXT,
@@ -267,7 +269,10 @@ def now() -> datetime:
     return stored(moment())
 
 
-def payer_callable() -> Callable[..., Any] | None:
-    """``CHATNEST["PAYER"]``, imported if it is a dotted path."""
-    payer = settings.PAYER
-    return import_string(payer) if isinstance(payer, str) else payer
+def hook(name: Literal["PAYER", "PREPARE"]) -> Callable[..., Any] | None:
+    """The site's own callable in ``CHATNEST[name]``, imported if it is a dotted path; None if there is none.
+
+    Raises ImportError.
+    """
+    typed: str | Callable[..., Any] | None = getattr(settings, name)
+    return import_string(typed) if isinstance(typed, str) else typed

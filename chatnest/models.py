@@ -21,6 +21,7 @@ from .conf import DEFAULT_PROVIDER, provider_names, settings, today
 from .limits import DEFAULT_MODEL, DEFAULT_PROFILES, FIELDS, Limits
 
 ACCOUNT_LENGTH: Final = 200
+LABEL_LENGTH: Final = 100
 
 
 class Profile(models.Model):
@@ -318,7 +319,9 @@ class Reservation(models.Model):
     profile = models.CharField(max_length=50)
     provider = models.CharField(max_length=100, default=DEFAULT_PROVIDER)
     model = models.CharField(max_length=100)
-    label = models.CharField(max_length=100, blank=True, default="", help_text=_("Which feature of the site asked."))
+    label = models.CharField(
+        max_length=LABEL_LENGTH, blank=True, default="", help_text=_("Which feature of the site asked.")
+    )
     tokens = models.PositiveBigIntegerField(help_text=_("The hold: the prompt's bound and the answer's allowance."))
     state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN)
     outcome = models.CharField(max_length=20, choices=Outcome.choices, blank=True, default="")

@@ -195,6 +195,12 @@ def warm_up() -> None:
     _tokenizer("o200k_base")
 
 
+def load_vocabulary(model: str, provider: Provider) -> None:
+    """The one that bounds this model's prompts, if it is known."""
+    if encoding := encoding_of(model, provider):
+        _tokenizer(encoding)
+
+
 @cache
 def _tokenizer(encoding: str) -> Callable[[str], int] | None:
     """What counts a text's tokens, or None where the wheel is missing or broken."""

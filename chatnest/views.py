@@ -1,14 +1,17 @@
-"""POST -> who pays -> limits -> reserve -> stream."""
+"""POST -> who pays -> limits -> what the site prepares -> reserve -> stream."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from functools import partial, wraps
+from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 
+from asgiref.sync import sync_to_async
 from django.contrib.auth.decorators import login_not_required
-from django.core.exceptions import RequestDataTooBig
+from django.core.exceptions import ImproperlyConfigured, RequestDataTooBig
 from django.core.handlers.asgi import ASGIRequest
 from django.db import InterfaceError, OperationalError, connections, transaction
 from django.http import HttpRequest, JsonResponse, StreamingHttpResponse
@@ -19,7 +22,7 @@ from . import ledger
 from .accounts import charged, is_stranger
 from .asgi.lifespan import hear_sigterm
 from .asgi.threads import let_request_thread_go
-from .conf import provider, settings
+from .conf import hook, provider, settings
 from .conversation import awindow
 from .errors import (
     BodyTooLarge,
@@ -33,6 +36,7 @@ from .errors import (
 from .ledger import Reserve
 from .ledger.batcher import batcher
 from .limits import profile_name
+from .models import LABEL_LENGTH
 from .policy import Terms
 from .refusals import refusals
 from .slots import StreamSlot
@@ -117,15 +121,36 @@ async def begin(request: HttpRequest, accounts: Sequence[str]) -> ChatStream:
     """The stream that these accounts pay for, if they may have one. Raises ChatError."""
     hear_sigterm()
     asked = chatnest.parse(read_body(request))
-    terms = (await batcher.policy(accounts)).terms(accounts, asked.profile, asked)
+    policy = await batcher.policy(accounts)
+    terms = policy.terms(accounts, asked.profile, asked)
     if refusal := refusals.recall(terms):
         raise refusal
     slot = StreamSlot.acquire(stranger=is_stranger(accounts[0]))
     try:
+        if prepare := hook("PREPARE"):
+            asked = await prepared(prepare, request, asked)
+            terms = policy.terms(accounts, asked.profile, asked)
         return await open_stream(asked, terms, slot)
     except BaseException:
         slot.release()
         raise
+
+
+async def prepared(prepare: Callable[..., Any], request: HttpRequest, asked: ChatRequest) -> ChatRequest:
+    """What the site makes of ``asked`` before anything is counted, within what the client may ask for.
+
+    ``CHATNEST["PREPARE"]`` is called with the request and the ChatRequest and returns the one to answer: with
+    instructions for this user (system messages in front, always sent), retrieved text, words taken out, another
+    profile, a ``label``. It may raise any ChatError. A sync one runs in a thread, where it may use the ORM.
+    """
+    if iscoroutinefunction(prepare):
+        answer = await prepare(request, asked)
+    else:
+        answer = await sync_to_async(prepare)(request, asked)
+        answer = await answer if isawaitable(answer) else answer
+    if not isinstance(answer, ChatRequest):
+        raise ImproperlyConfigured(f"CHATNEST['PREPARE'] must return a ChatRequest, not {type(answer).__name__}.")
+    return replace(answer, profile=profile_name(answer.profile), label=answer.label[:LABEL_LENGTH])
 
 
 @endpoint("GET", "HEAD")
@@ -174,7 +199,7 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
         allowance=limits.max_output_tokens,
     )
     bound = await abound(window.messages, terms.model, provider(terms.provider))
-    ask = reservation(terms, bound)
+    ask = reservation(terms, bound, asked.label)
     try:
         hold = await batcher.reserve(ask)
     except ChatError as refusal:
@@ -185,7 +210,7 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
     )
 
 
-def reservation(terms: Terms, bound: int) -> Reserve:
+def reservation(terms: Terms, bound: int, label: str) -> Reserve:
     limits = terms.limits
     calibration = batcher.calibration(terms.provider, terms.model)
     excess = calibration.prompt_excess if calibration else 0
@@ -194,6 +219,7 @@ def reservation(terms: Terms, bound: int) -> Reserve:
         profile=terms.profile,
         provider=terms.provider,
         model=terms.model,
+        label=label,
         prompt_tokens=bound + excess,
         prompt_excess=excess,
         max_output_tokens=limits.max_output_tokens,

@@ -34,6 +34,7 @@ atexit.register(_folder.cleanup)
 
 os.environ["DATABASE_URL"] = POSTGRES.get_uri()
 DATABASES["postgres"] = database()
+DATABASE_ROUTERS = ["tests.routers.InEither"]
 DATABASES["default"]["TEST"] = {"NAME": str(FOLDER / "tests.sqlite3")}
 
 SECRET_KEY = "tests"

@@ -11,8 +11,9 @@ from django.core.checks import CheckMessage, run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
-from django.db import connections
+from django.db import connections, router
 from django.db.backends.postgresql import psycopg_any
+from django.db.models import Model
 
 from chatnest import checks, tokens
 from chatnest.conf import NAMES, Settings
@@ -81,7 +82,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("OPENAI_BASE_URL", value) for value in NO_ADDRESS),
     *(("ANONYMOUS_DAILY_TOKEN_LIMIT", value) for value in NO_COUNT[1:]),
     *(("PROVIDERS", value) for value in [None, 5, "azure", [{}]]),
-    *(("PAYER", value) for value in [5, ["path"], True]),
+    *((name, value) for name in ("PAYER", "PREPARE") for value in [5, ["path"], True]),
     *(("TIME_ZONE", value) for value in ["", "Mars/Olympus", "CET+1 or so", "/etc/passwd", "../UTC", "a\0b", 5]),
     *(("HARD_CAPS", value) for value in [None, 5, "max_messages", ["max_messages"], [("max_messages", 5)]]),
     *(("ON_DISCONNECT", value) for value in [None, "", "Abort", "close", 5, ["abort"]]),
@@ -185,6 +186,38 @@ def test_a_database_that_there_is_not_is_told(configure: Configure, alias: str) 
     (message,) = found()
     assert message.id == "chatnest.E006"
     assert repr(alias) in message.msg
+
+
+@pytest.mark.parametrize(
+    ("routers", "expected"),
+    [
+        ([], ["chatnest.E012"]),
+        (["tests.test_checks.ReadsAReplica", "chatnest.routers.LedgerRouter"], ["chatnest.E012"]),
+        (["chatnest.routers.LedgerRouter"], []),
+        (["chatnest.routers.LedgerRouter", "tests.test_checks.ReadsAReplica"], []),
+    ],
+)
+def test_an_admin_that_would_edit_another_database_is_told(
+    configure: Configure, settings: Any, routers: list[str], expected: list[str]
+) -> None:
+    configure(DATABASE_ALIAS="postgres")
+    settings.DATABASE_ROUTERS = routers
+    assert ids() == expected
+
+
+class ReadsAReplica:
+    """As sites have it in front of one database."""
+
+    def db_for_read(self, model: type[Model], **hints: Any) -> str:
+        return "default"
+
+
+def test_the_ledgers_tables_are_made_where_it_lives(configure: Configure, settings: Any) -> None:
+    configure(DATABASE_ALIAS="postgres")
+    settings.DATABASE_ROUTERS = ["chatnest.routers.LedgerRouter"]
+    assert router.allow_migrate_model("postgres", Profile)
+    assert not router.allow_migrate_model("default", Profile)
+    assert router.allow_migrate("default", "auth")
 
 
 def test_a_database_that_the_ledger_cannot_use_is_told(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,16 +93,16 @@ def demo(folder: Path, *arguments: str, **variables: str) -> Iterator[Demo]:
             running.process.stdout.close()
 
 
-def log_in(client: Client, password: str) -> str:
-    """The cookies of the operator, logged in by the admin's form."""
-    page = client.request("GET", "/admin/login/")
+def log_in(client: Client, name: str, password: str, form: str = "/login/") -> str:
+    """The cookies of somebody who logged in by the form."""
+    page = client.request("GET", form)
     (token,) = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', page.text)
     (cookie,) = re.findall(r"csrftoken=(\w+)", page.headers["set-cookie"])
-    form = {"username": "operator", "password": password, "csrfmiddlewaretoken": token, "next": "/admin/"}
+    typed = {"username": name, "password": password, "csrfmiddlewaretoken": token}
     answer = client.request(
         "POST",
-        "/admin/login/",
-        urlencode(form).encode(),
+        form,
+        urlencode(typed).encode(),
         content_type="application/x-www-form-urlencoded",
         cookie=f"csrftoken={cookie}",
     )
@@ -144,12 +144,21 @@ def test_a_person_with_nothing_else_chats_after_one_command(tmp_path: Path) -> N
         ]
 
         password = running.said(r"Log in as +operator, password (\S+) \(shown only now\)")
-        cookie = log_in(client, password)
+        cookie = log_in(client, "operator", password)
         admin = client.request("GET", "/admin/", cookie=cookie)
         assert admin.status == 200
         assert "Reservation" in admin.text
         charged = client.request("GET", "/admin/chatnest/reservation/", cookie=cookie)
         assert str(told["totalTokens"]) in charged.text
+
+        limits = {}
+        for name in ("writer", "reader"):
+            password = running.said(rf"{name}, password (\S+) \(shown only now\)")
+            cookie = log_in(client, name, password)
+            limits[name] = client.usage(cookie=cookie)["dailyTokenLimit"]
+            page = client.request("GET", "/", cookie=cookie)
+            assert name in page.text and "Log out" in page.text and "/admin/" not in page.text
+        assert limits == {"writer": 70_000, "reader": 3_000}
 
         assert running.end() == 0
         assert running.output.endswith("Stopped.\n")

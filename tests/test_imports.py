@@ -33,6 +33,7 @@ BESIDE = {
     "apps": set(),
     "checks": {"apps"},
     "management": set(),
+    "routers": set(),
     "migrations": set(),
     "signals": {"apps"},
     "testing": set(),

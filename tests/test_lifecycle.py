@@ -17,6 +17,7 @@ from asgiref.sync import ThreadSensitiveContext
 from django.core.asgi import get_asgi_application
 from django.db import connections
 
+from chatnest import tokens
 from chatnest.asgi import for_streaming, threads
 from chatnest.ledger.batcher import batcher
 from chatnest.ledger.charges import IN_FLIGHT
@@ -25,7 +26,7 @@ from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, environment, free_port, serving, url_of
 from .client import Client
-from .conftest import Settled, eventually, on_sqlite, port_of, served
+from .conftest import Configure, EditProfile, Settled, eventually, on_sqlite, port_of, served
 from .test_call import Silent
 
 PATIENCE_SECONDS = 30
@@ -190,6 +191,20 @@ def test_the_ledger_is_there_before_the_first_request_and_ends_with_the_last(dat
     said_by(looks)
     assert threads_then[0].name == "chatnest-ledger"
     assert not threads_then[0].is_alive()
+
+
+@on_sqlite
+def test_every_vocabulary_is_loaded_before_the_first_request(
+    database: str, edit_profile: EditProfile, configure: Configure
+) -> None:
+    edit_profile("expanded", model="gpt-4")
+    edit_profile("balanced", provider="gone")
+    configure(PROVIDERS={"gone": {"BASE_URL": "http://127.0.0.1:9"}})
+    tokens._tokenizer.cache_clear()
+    said_by(has_nothing_to_say)
+    assert tokens._tokenizer.cache_info().misses == 2  # gpt-4o-mini's, and gpt-4's
+    assert tokens._tokenizer("cl100k_base") and tokens._tokenizer("o200k_base")
+    assert tokens._tokenizer.cache_info().misses == 2
 
 
 @on_sqlite

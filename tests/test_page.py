@@ -252,6 +252,16 @@ def test_a_visitor_who_may_not_chat_finds_the_way_in_and_chats(
     send(page, "Hi!")
     answer(page, "Hello world")
     assert settled()[0].payer == f"user:{grace.pk}"
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_role("navigation").get_by_role("link", name="Log in")).to_be_visible()
+
+
+def test_a_wrong_password_is_a_sentence(page: Page) -> None:
+    page.get_by_role("link", name="Log in").click()
+    page.get_by_label("Username").fill("grace")
+    page.get_by_label("Password").fill("wrong")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_contain_text("Please enter a correct username and password")
 
 
 def test_a_server_that_is_gone_is_a_sentence(page: Page, upstream: FakeUpstream) -> None:

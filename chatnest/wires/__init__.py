@@ -17,12 +17,16 @@ class Message(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """What a client asked for, whatever wire it came by. Limits are None where it named none."""
+    """What a client asked for, whatever wire it came by. Limits are None where it named none.
+
+    ``label``: which feature of the site asks, as CHATNEST["PREPARE"] says; no client does.
+    """
 
     messages: tuple[Message, ...]
     profile: str
     daily_token_limit: int | None = None
     max_tokens_per_request: int | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,15 +14,17 @@ from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
+from chatnest.models import Account
 from project.offline import OfflineModel
 
 OPERATOR = "operator"
+READER_LIMIT = 3_000
 TEXT = """
 chatnest is running. Ctrl-C stops it.
 
   Chat page  {site}/
   Admin      {site}/admin/
-  Log in as  {login}
+  Log in as  {logins}
   Model      {model}
 
 {advice}
@@ -56,12 +58,12 @@ class Command(BaseCommand):
 
     def run(self, listener: socket.socket) -> None:
         call_command("migrate", verbosity=0, interactive=False)
-        login = operator_login()
+        logins = make_logins()
         # This thread is about to be the event loop's, which has no use for a database connection.
         connections.close_all()
         with ExitStack() as stack:
             model, advice = choose_model(stack)
-            self.stdout.write(TEXT.format(site=address(listener), login=login, model=model, advice=advice))
+            self.stdout.write(TEXT.format(site=address(listener), logins=logins, model=model, advice=advice))
             self.stdout.flush()
             serve(listener)
 
@@ -84,14 +86,24 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def operator_login() -> str:
+def make_logins() -> str:
+    """The operator and two who only chat; whoever was made by an earlier start is left as they are."""
     users = get_user_model()._default_manager
     if users.filter(username=OPERATOR).exists():
         reset = f"{'DEBUG=on ' if settings.DEBUG else ''}python manage.py changepassword {OPERATOR}"
         return f"{OPERATOR}, who exists already; to set a new password: {reset}"
-    password = secrets.token_urlsafe(12)
-    users.create_superuser(OPERATOR, password=password)
-    return f"{OPERATOR}, password {password} (shown only now)"
+    passwords = {name: secrets.token_urlsafe(12) for name in (OPERATOR, "writer", "reader")}
+    users.create_superuser(OPERATOR, password=passwords[OPERATOR])
+    users.create_user("writer", password=passwords["writer"])
+    reader = users.create_user("reader", password=passwords["reader"])
+    Account.objects.create(name=f"user:{reader.pk}", daily_token_limit=READER_LIMIT)
+    whos = {
+        OPERATOR: "has the admin",
+        "writer": "only chats",
+        "reader": f"only chats, with {READER_LIMIT:,} tokens a day",
+    }
+    lines = [f"{name}, password {passwords[name]} (shown only now): {who}" for name, who in whos.items()]
+    return "\n             ".join(lines)
 
 
 def choose_model(stack: ExitStack) -> tuple[str, str]:

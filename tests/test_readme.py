@@ -1,0 +1,179 @@
+"""The README's own lines, executed: a site made of startproject and of them, and nothing else, chats."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from django.conf import settings as django_settings
+
+from chatnest.models import Profile
+from chatnest.testing import FakeUpstream, Reply
+
+from .benchmarks.processes import Serving, free_port, serving
+from .client import Client
+from .conftest import Settled
+from .test_demo import OURS, log_in
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = [dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)]
+
+
+def block(beginning: str) -> str:
+    """The one that begins like this."""
+    (found,) = [text for text in BLOCKS if text.startswith(beginning)]
+    return found
+
+
+SETTINGS = block("INSTALLED_APPS")
+PAYER = block("def payer")
+LIFESPAN = block("from chatnest.asgi")
+PREPARE = block("from dataclasses")
+ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
+PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
+TESTING = block("from chatnest.testing")
+URL = re.search(r'`(path\("api/", .*?\))`', README)
+
+
+def test_no_block_is_left_out() -> None:
+    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, ROUTER, PROVIDERS, TESTING} == set(BLOCKS)
+    for text in BLOCKS:
+        ast.parse(text)
+
+
+class Site:
+    """What ``startproject`` makes, with the README's lines added where it says."""
+
+    def __init__(self, folder: Path, upstream: FakeUpstream) -> None:
+        self.folder = folder
+        site = {name: value for name, value in os.environ.items() if not OURS.fullmatch(name)}
+        self.environment = {**site, "OPENAI_API_KEY": "sk-readme", "DJANGO_SETTINGS_MODULE": "mysite.settings"}
+        self.run("-m", "django", "startproject", "mysite", ".", DJANGO_SETTINGS_MODULE="")
+        self.add("settings", "import os", SETTINGS.replace("[...,", "[*INSTALLED_APPS,"))
+        self.add("settings", 'DATABASES["default"]["OPTIONS"] = {"transaction_mode": "IMMEDIATE"}')
+        self.add("settings", f'CHATNEST["OPENAI_BASE_URL"] = "{upstream.url}"')
+        assert URL
+        self.add("urls", "from django.urls import include", f"urlpatterns += [{URL[1]}]")
+        self.add("asgi", LIFESPAN)
+
+    def add(self, module: str, *lines: str) -> None:
+        with (self.folder / "mysite" / f"{module}.py").open("a") as file:
+            file.write("\n" + "\n".join(lines) + "\n")
+
+    def run(self, *command: str, **variables: str) -> str:
+        environment = {**self.environment, **variables}
+        ran = subprocess.run(
+            [sys.executable, *command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    def manage(self, *command: str, **variables: str) -> str:
+        return self.run("manage.py", *command, **variables)
+
+    def served(self) -> Any:
+        port = free_port()
+        command = [sys.executable, "-m", "uvicorn", "mysite.asgi:application", "--port", str(port)]
+        return serving(*command, port=port, env=self.environment, cwd=self.folder)
+
+
+@pytest.fixture
+def upstream() -> Iterator[FakeUpstream]:
+    with FakeUpstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def site(tmp_path: Path, upstream: FakeUpstream) -> Site:
+    site = Site(tmp_path, upstream)
+    site.manage("check", "--fail-level", "WARNING")
+    site.manage("migrate", "--verbosity", "0")
+    site.manage("createsuperuser", "--noinput", "--username", "grace", "--email", "", DJANGO_SUPERUSER_PASSWORD="x")
+    return site
+
+
+def test_a_site_made_of_the_readme_chats(site: Site, upstream: FakeUpstream) -> None:
+    """As a logged-in user with a page of the same origin, which sends no token; what it adds to a chat is held."""
+    site.add("settings", 'CHATNEST["PREPARE"] = "mysite.chat.prepare"')
+    (site.folder / "mysite" / "chat.py").write_text(PREPARE)
+    running: Serving
+    with site.served() as running:
+        client = Client(running.port)
+        assert client.chat().json["code"] == "not_authenticated"
+        cookie = log_in(client, "grace", "x", form="/admin/login/")
+        own = {"cookie": cookie, "host": "localhost", "origin": "http://localhost"}
+        answer = client.chat(**own)
+        assert (answer.status, answer.events[-2:]) == (200, ["usage", "done"])
+        assert upstream.requests[0].json["messages"][0] == {"role": "system", "content": "The user's name is ."}
+        assert client.chat(cookie=cookie, origin="https://evil.example").status == 403
+
+        upstream.replies(Reply("One", "two", gate_after=1))
+        with client.stream(cookie=cookie, origin="http://localhost") as stream:
+            stream.until("token")
+        upstream.wait_for_disconnect()
+        running.process.terminate()
+        assert running.process.wait(20) is not None
+    site.manage("chatnest_verify")
+    rows = "from chatnest.models import *; print([(r.state, r.label) for r in Reservation.objects.order_by('id')])"
+    assert "[('settled', 'help desk'), ('settled', 'help desk')]" in site.manage("shell", "-c", rows)
+
+
+def test_a_management_command_needs_no_key(site: Site) -> None:
+    assert "chatnest.W002" not in site.manage("showmigrations", "chatnest", OPENAI_API_KEY="")
+
+
+def test_the_ledger_has_a_database_of_its_own(site: Site) -> None:
+    site.add("settings", 'DATABASES["ledger"] = {**DATABASES["default"], "NAME": BASE_DIR / "ledger.sqlite3"}')
+    site.add("settings", ROUTER)
+    site.manage("check", "--fail-level", "WARNING")
+    site.manage("migrate", "--verbosity", "0", "--database", "ledger")
+    rows = (
+        "from chatnest.models import Profile; p = Profile.objects.first(); print(p._state.db, Profile.objects.count())"
+    )
+    assert "ledger 3" in site.manage("shell", "-c", rows)
+
+
+def test_several_providers_are_right(settings: Any) -> None:
+    names: dict[str, Any] = {"env": lambda name: "sk-from-the-environment"}
+    exec(PROVIDERS.replace("mysite.ai.azure_client", "openai.AsyncAzureOpenAI"), names)
+    settings.CHATNEST = names["CHATNEST"]
+    from chatnest.checks import check_settings
+    from chatnest.conf import provider
+
+    assert check_settings() == []
+    assert provider("default").max_tokens_parameter == "max_completion_tokens"
+
+
+class Token:
+    """rest_framework.authtoken's, as far as the recipe knows it."""
+
+    user_id = 7
+
+    class objects:  # noqa: N801
+        @staticmethod
+        def filter(key: str) -> Any:
+            Profile.objects.exists()  # as the real one does, it asks the database
+            return type("Found", (), {"first": staticmethod(lambda: Token if key == "secret" else None)})
+
+
+def test_a_bearer_token_pays(client: Client, configure: Any, settled: Settled) -> None:
+    names: dict[str, Any] = {"Token": Token}
+    exec(PAYER, names)
+    configure(PAYER=names["payer"], ALLOW_ANONYMOUS=False)
+    assert client.chat(authorization="Bearer secret").status == 200
+    assert client.chat(authorization="Bearer wrong").status == 401
+    assert settled()[0].payer == "user:7"
+
+
+def test_a_sites_own_test_scripts_the_provider(settings: Any) -> None:
+    names = {"settings": django_settings}
+    exec(TESTING, names)
+    assert "OPENAI_BASE_URL" in django_settings.CHATNEST
