@@ -42,12 +42,13 @@ PREPARE = block("from dataclasses")
 HOLD = block("import chatnest")
 ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
 PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
+TEST_CASE = block("from django.test")
 TESTING = block("from chatnest.testing")
 URL = re.search(r'`(path\("api/", .*?\))`', README)
 
 
 def test_no_block_is_left_out() -> None:
-    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, HOLD, ROUTER, PROVIDERS, TESTING} == set(BLOCKS)
+    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, HOLD, ROUTER, PROVIDERS, TEST_CASE, TESTING} == set(BLOCKS)
     for text in BLOCKS:
         ast.parse(text)
 
@@ -189,3 +190,8 @@ def test_a_sites_own_test_scripts_the_provider(settings: Any) -> None:
     names = {"settings": django_settings}
     exec(TESTING, names)
     assert "OPENAI_BASE_URL" in django_settings.CHATNEST
+
+
+_names: dict[str, Any] = {"__name__": __name__}
+exec(TEST_CASE, _names)
+TestOfASite = _names["ChatTests"]  # visitors may chat in the tests' settings
