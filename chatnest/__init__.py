@@ -13,6 +13,7 @@ The path of a request, in the order of the files to read:
     tokens        the most that the prompt can count, and the best guess
     ledger        reserve: all budgets or none; later settle, once. One transaction for many requests
     provider      one call of the model through the openai package, and what it really said
+    holds         the same for a call that the site's own code makes: ``chatnest.hold``
     stream        its pieces to frames, and one settlement however it ends
     deadlines     when waiting for the model ends, and when the reader hears a ping
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
@@ -20,3 +21,21 @@ The path of a request, in the order of the files to read:
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, asgi, admin,
 checks, routers, signals, testing and management/.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .holds import hold
+
+__all__ = ["hold"]
+
+
+def __getattr__(name: str) -> Any:
+    """``hold`` needs models, which are there only once Django has begun."""
+    if name == "hold":
+        from .holds import hold
+
+        return hold
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

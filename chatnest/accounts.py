@@ -57,6 +57,15 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
     named = list(map(_checked, accounts))
     if user and await _may_be_forged(request, user, named[0]):
         raise Forbidden("The page is out of date (CSRF check failed). Reload it and try again.")
+    return _with_shared(named)
+
+
+def paying(names: str | Iterable[object]) -> tuple[str, ...]:
+    """The accounts of a call that the site's own code makes. Raises ImproperlyConfigured for what is no name."""
+    return _with_shared([_checked(name) for name in ([names] if isinstance(names, str) else names)])
+
+
+def _with_shared(named: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*named, *([ANONYMOUS] if is_stranger(named[0]) else []), SITE]))
 
 

@@ -33,7 +33,7 @@ from .errors import (
     NeedsASGI,
     UnsupportedMediaType,
 )
-from .ledger import Reserve
+from .holds import reservation
 from .ledger.batcher import batcher
 from .limits import profile_name
 from .models import LABEL_LENGTH
@@ -207,24 +207,4 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
         raise
     return ChatStream(
         Chat(ask, hold, window.messages, temperature=limits.temperature, dropped=window.dropped, slot=slot)
-    )
-
-
-def reservation(terms: Terms, bound: int, label: str) -> Reserve:
-    limits = terms.limits
-    calibration = batcher.calibration(terms.provider, terms.model)
-    excess = calibration.prompt_excess if calibration else 0
-    return Reserve(
-        budgets=ledger.todays_budgets(terms.budgets),
-        profile=terms.profile,
-        provider=terms.provider,
-        model=terms.model,
-        label=label,
-        prompt_tokens=bound + excess,
-        prompt_excess=excess,
-        max_output_tokens=limits.max_output_tokens,
-        min_output_tokens=settings.MIN_OUTPUT_TOKENS,
-        rate_max_requests=limits.rate_max_requests,
-        rate_window_seconds=limits.rate_window_seconds,
-        max_concurrent_streams=limits.max_concurrent_streams,
     )

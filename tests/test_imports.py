@@ -24,6 +24,7 @@ FLOORS = [
     {"policy"},
     {"ledger"},
     {"refusals", "stream"},
+    {"holds"},
     {"asgi"},
     {"views", "urls"},
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from django.conf import settings as django_settings
+from openai import OpenAI
 
 from chatnest.models import Profile
 from chatnest.testing import FakeUpstream, Reply
@@ -22,6 +23,7 @@ from .benchmarks.processes import Serving, free_port, serving
 from .client import Client
 from .conftest import Settled
 from .test_demo import OURS, log_in
+from .test_holds import answer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = [dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)]
@@ -37,14 +39,16 @@ SETTINGS = block("INSTALLED_APPS")
 PAYER = block("def payer")
 LIFESPAN = block("from chatnest.asgi")
 PREPARE = block("from dataclasses")
+HOLD = block("import chatnest")
 ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
 PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
+TEST_CASE = block("from django.test")
 TESTING = block("from chatnest.testing")
 URL = re.search(r'`(path\("api/", .*?\))`', README)
 
 
 def test_no_block_is_left_out() -> None:
-    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, ROUTER, PROVIDERS, TESTING} == set(BLOCKS)
+    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, HOLD, ROUTER, PROVIDERS, TEST_CASE, TESTING} == set(BLOCKS)
     for text in BLOCKS:
         ast.parse(text)
 
@@ -173,7 +177,21 @@ def test_a_bearer_token_pays(client: Client, configure: Any, settled: Settled) -
     assert settled()[0].payer == "user:7"
 
 
+def test_a_task_pays(database: str, settled: Settled) -> None:
+    with FakeUpstream() as upstream, OpenAI(api_key="sk", base_url=upstream.url) as client:
+        upstream.replies(answer(12, 3))
+        names: dict[str, Any] = {"client": client}
+        exec(HOLD, names)
+        assert names["digest"]("user:7", [{"role": "user", "content": "Sum this up."}]) == "Done."
+    assert settled()[0].tokens_charged == 15
+
+
 def test_a_sites_own_test_scripts_the_provider(settings: Any) -> None:
     names = {"settings": django_settings}
     exec(TESTING, names)
     assert "OPENAI_BASE_URL" in django_settings.CHATNEST
+
+
+_names: dict[str, Any] = {"__name__": __name__}
+exec(TEST_CASE, _names)
+TestOfASite = _names["ChatTests"]  # visitors may chat in the tests' settings

@@ -1,0 +1,20 @@
+"""For the tests of a site: a provider that says what a test scripts, and a ledger inside the test's transaction.
+
+upstream    FakeUpstream, a real HTTP server on loopback, and its Replies
+inline      inline_ledger, for a plain TestCase
+"""
+
+from .inline import ChatTestMixin, inline_ledger
+from .upstream import CHUNK, SECRET, FakeUpstream, Piece, ReceivedRequest, Reply, Script
+
+__all__ = [
+    "CHUNK",
+    "SECRET",
+    "ChatTestMixin",
+    "FakeUpstream",
+    "Piece",
+    "ReceivedRequest",
+    "Reply",
+    "Script",
+    "inline_ledger",
+]

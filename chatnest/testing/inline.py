@@ -1,0 +1,82 @@
+"""The ledger in the test's own thread, over its own connection: a plain ``TestCase`` sees it, and rolls it back."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+from weakref import WeakValueDictionary
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.test import override_settings
+
+from ..ledger.batcher import batcher
+from ..ledger.jobs import Job
+from ..ledger.outage import Outage
+from ..ledger.worker import Worker
+from ..policy import Policy, PolicyCache
+from ..refusals import refusals
+from .upstream import FakeUpstream
+
+
+class _AsItIs(PolicyCache):
+    """Remembers nothing: what a test saved is in force, though nothing is ever committed."""
+
+    def recall(self, accounts: Sequence[str]) -> Policy | None:
+        return None
+
+    def read(self, accounts: Sequence[str]) -> Policy:
+        policy = Policy.read(accounts)
+        self._memory.policy = 0.0, policy
+        return policy
+
+
+@contextmanager
+def inline_ledger() -> Iterator[None]:
+    """What the ledger is asked is done at once, where the test's own queries run. Not for streams beside each other."""
+    worker = Worker(queue.SimpleQueue(), WeakValueDictionary(), Outage(), lambda hold: None)
+    doing: set[asyncio.Task[Any]] = set()
+
+    def put(job: Job | None) -> None:
+        if job is None:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            worker._work([job])
+            return
+        doing.add(task := loop.create_task(sync_to_async(worker._work)([job])))
+        task.add_done_callback(doing.discard)
+
+    batcher.close()  # a thread of before would renew what only the test can see
+    refusals.clear()
+    with mock.patch.multiple(batcher, _put=put, start=lambda: None, _policies=_AsItIs()):
+        try:
+            yield
+        finally:
+            refusals.clear()
+
+
+class ChatTestMixin:
+    """For ``TestCase`` and ``TransactionTestCase``: a scripted provider in ``self.upstream``, and the ledger inline.
+
+    class ChatTests(ChatTestMixin, TestCase):
+        async def test_chat(self):
+            self.upstream.replies(Reply("Hello"))
+            response = await self.async_client.post("/api/chat", {"messages": ...}, "application/json")
+    """
+
+    upstream: FakeUpstream
+
+    def setUp(self) -> None:
+        super().setUp()  # type: ignore[misc]
+        stack = ExitStack()
+        self.addCleanup(stack.close)  # type: ignore[attr-defined]
+        self.upstream = stack.enter_context(FakeUpstream())
+        typed = {**getattr(settings, "CHATNEST", {}), "OPENAI_BASE_URL": self.upstream.url, "OPENAI_API_KEY": "sk-test"}
+        stack.enter_context(override_settings(CHATNEST=typed))
+        stack.enter_context(inline_ledger())
