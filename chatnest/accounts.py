@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
-from inspect import isawaitable, iscoroutinefunction
 from typing import Any, Final
 
 from asgiref.sync import sync_to_async
@@ -24,8 +23,9 @@ from django.middleware.csrf import CsrfViewMiddleware
 from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext as _
 
-from .conf import hook, settings
+from .conf import settings
 from .errors import Forbidden, NotAuthenticated
+from .hooks import ask, hook
 
 csrf_logger = logging.getLogger("django.security.csrf")  # where Django's own check says it
 
@@ -157,11 +157,7 @@ def _of_user_or_address(request: HttpRequest, user: Any) -> list[str]:
 
 async def _asked(payer: Callable[..., Any], request: HttpRequest, accounts: list[object]) -> list[object]:
     try:
-        if iscoroutinefunction(payer):
-            answer = await payer(request, accounts)
-        else:
-            answer = await sync_to_async(payer)(request, accounts)
-            answer = await answer if isawaitable(answer) else answer
+        answer = await ask(payer, request, accounts)
     except PermissionDenied:
         raise Forbidden() from None
     return [answer] if isinstance(answer, str) else list(answer)

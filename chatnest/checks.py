@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final, Literal
+from typing import Any
 
 from django.apps import apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections, router
-from django.utils.module_loading import import_string
 
-from . import tokens
-from .conf import DEFAULT_PROVIDER, NAMES, complaint, hook, provider, provider_names, settings
+from . import hooks, tokens
+from .conf import DEFAULT_PROVIDER, NAMES, complaint, provider, provider_names, settings
 from .ledger.bulk import VENDORS
 from .limits import FIELDS, clamp, hard_caps, is_cap
 from .models import Profile
-
-HOOKS: Final[tuple[Literal["PAYER"], Literal["PREPARE"]]] = ("PAYER", "PREPARE")
 
 
 @register()
@@ -51,10 +48,10 @@ def _settings_are_wrong() -> bool:
 
 def _check_hooks() -> list[CheckMessage]:
     messages: list[CheckMessage] = []
-    for name in HOOKS:
+    for name in hooks.NAMES:
         problem = f"CHATNEST[{name!r}] is {getattr(settings, name)!r}, which is no callable that can be imported"
         try:
-            if getattr(settings, name) is None or callable(hook(name)):
+            if getattr(settings, name) is None or callable(hooks.hook(name)):
                 continue
         except ImportError as error:
             problem += f": {error}"
@@ -67,8 +64,8 @@ def _check_clients() -> list[CheckMessage]:
     for name, typed in settings.PROVIDERS.items():
         client = typed.get("CLIENT")
         try:
-            if isinstance(client, str):
-                import_string(client)
+            if client is not None:
+                hooks.imported(client)
         except ImportError as error:
             problem = f"CHATNEST['PROVIDERS'][{name!r}]['CLIENT'] is {client!r}, which cannot be imported: {error}"
             messages.append(Error(problem, id="chatnest.E010"))

@@ -18,7 +18,6 @@ from zoneinfo import ZoneInfo
 from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils import timezone
-from django.utils.module_loading import import_string
 
 
 @dataclass(frozen=True)
@@ -267,12 +266,3 @@ def stored(aware: datetime) -> datetime:
 def now() -> datetime:
     """This moment, as ``stored``."""
     return stored(moment())
-
-
-def hook(name: Literal["PAYER", "PREPARE"]) -> Callable[..., Any] | None:
-    """The site's own callable in ``CHATNEST[name]``, imported if it is a dotted path; None if there is none.
-
-    Raises ImportError.
-    """
-    typed: str | Callable[..., Any] | None = getattr(settings, name)
-    return import_string(typed) if isinstance(typed, str) else typed

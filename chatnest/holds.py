@@ -35,7 +35,7 @@ from .policy import Terms
 from .provider import failures
 from .provider.chunks import Report, loose_usage
 from .refusals import refusals
-from .tokens import abound, estimate, is_long
+from .tokens import abound, aestimate
 from .wires import Message
 
 Outcome = Reservation.Outcome
@@ -143,9 +143,7 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         if self._max_output_tokens is not None:
             limits = replace(limits, max_output_tokens=min(limits.max_output_tokens, self._max_output_tokens))
             terms = replace(terms, limits=limits)
-        long = is_long(self._messages)
-        size = await asyncio.to_thread(estimate, self._messages) if long else estimate(self._messages)
-        if size + limits.max_output_tokens > limits.max_tokens_per_request:
+        if await aestimate(self._messages) + limits.max_output_tokens > limits.max_tokens_per_request:
             raise RequestTooLarge()
         bound = await abound(self._messages, terms.model, provider(terms.provider))
         return await batcher.reserve(reservation(terms, bound, self._label))

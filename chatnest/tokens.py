@@ -71,8 +71,7 @@ def _encoding_by_name(model: str) -> str | None:
 
 def bound(messages: Sequence[Message], model: str, provider: Provider) -> int:
     """No fewer tokens than ``provider`` will count for this prompt, but for what its reports have taught."""
-    encoding = encoding_of(model, provider)
-    tokenizer = _tokenizer(encoding) if encoding else None
+    tokenizer = _tokenizer_of(model, provider)
     if tokenizer is None:
         return TEMPLATE + sum(_longest_form(message.content) + TEMPLATE_PER_MESSAGE for message in messages)
     return PER_REPLY + sum(_exact(message.content, tokenizer) + PER_MESSAGE for message in messages)
@@ -88,6 +87,11 @@ async def abound(messages: Sequence[Message], model: str, provider: Provider) ->
 def estimate(messages: Sequence[Message]) -> int:
     """The best guess at the tokens of a prompt, for every model the same."""
     return PER_REPLY + sum(_guess(message.content) + PER_MESSAGE for message in messages)
+
+
+async def aestimate(messages: Sequence[Message]) -> int:
+    """``estimate``, in a thread where it takes long."""
+    return await asyncio.to_thread(estimate, messages) if is_long(messages) else estimate(messages)
 
 
 def is_long(messages: Sequence[Message]) -> bool:
@@ -115,8 +119,7 @@ class TokenCounter:
     __slots__ = ("_count", "_counted", "_is_ascii", "_is_exact", "_look_at", "_spaces", "_text", "bytes", "pieces")
 
     def __init__(self, model: str, provider: Provider) -> None:
-        encoding = encoding_of(model, provider)
-        self._count: Callable[[str], int] = (encoding and _tokenizer(encoding)) or _guess
+        self._count: Callable[[str], int] = _tokenizer_of(model, provider) or _guess
         self._is_exact = self._count is not _guess
         self._is_ascii = True  # what was counted
         self._spaces = 0  # in it
@@ -197,8 +200,12 @@ def warm_up() -> None:
 
 def load_vocabulary(model: str, provider: Provider) -> None:
     """The one that bounds this model's prompts, if it is known."""
-    if encoding := encoding_of(model, provider):
-        _tokenizer(encoding)
+    _tokenizer_of(model, provider)
+
+
+def _tokenizer_of(model: str, provider: Provider) -> Callable[[str], int] | None:
+    encoding = encoding_of(model, provider)
+    return _tokenizer(encoding) if encoding else None
 
 
 @cache

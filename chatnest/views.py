@@ -6,10 +6,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial, wraps
-from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 
-from asgiref.sync import sync_to_async
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import ImproperlyConfigured, RequestDataTooBig
 from django.core.handlers.asgi import ASGIRequest
@@ -22,7 +20,7 @@ from . import ledger
 from .accounts import charged, is_stranger
 from .asgi.lifespan import hear_sigterm
 from .asgi.threads import let_request_thread_go
-from .conf import hook, provider, settings
+from .conf import provider, settings
 from .conversation import awindow
 from .errors import (
     BodyTooLarge,
@@ -34,6 +32,7 @@ from .errors import (
     UnsupportedMediaType,
 )
 from .holds import reservation
+from .hooks import ask, hook
 from .ledger.batcher import batcher
 from .limits import profile_name
 from .models import LABEL_LENGTH
@@ -143,11 +142,7 @@ async def prepared(prepare: Callable[..., Any], request: HttpRequest, asked: Cha
     instructions for this user (system messages in front, always sent), retrieved text, words taken out, another
     profile, a ``label``. It may raise any ChatError. A sync one runs in a thread, where it may use the ORM.
     """
-    if iscoroutinefunction(prepare):
-        answer = await prepare(request, asked)
-    else:
-        answer = await sync_to_async(prepare)(request, asked)
-        answer = await answer if isawaitable(answer) else answer
+    answer = await ask(prepare, request, asked)
     if not isinstance(answer, ChatRequest):
         raise ImproperlyConfigured(f"CHATNEST['PREPARE'] must return a ChatRequest, not {type(answer).__name__}.")
     return replace(answer, profile=profile_name(answer.profile), label=answer.label[:LABEL_LENGTH])

@@ -19,6 +19,7 @@ ROOT = PACKAGE.parent
 # From the ground up. Rooms of one floor may import each other, in no circle.
 FLOORS = [
     {"conf", "errors"},
+    {"hooks"},
     {"limits", "tokens", "accounts", "provider", "wires", "slots", "frames", "deadlines", "conversation"},
     {"models"},
     {"policy"},

@@ -8,10 +8,10 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import openai
-from django.utils.module_loading import import_string
 from openai import AsyncOpenAI
 
 from ..conf import Provider
+from ..hooks import imported
 from .http import HTTPClient
 
 USER_AGENT: Final = f"AsyncOpenAI/Python {openai.__version__}"  # some fronts refuse what they do not know
@@ -67,8 +67,7 @@ class _Clients:
         if provider.client is None:
             self._http_client = self._http_client or HTTPClient()
             return Client(provider, self._http_client)
-        make = import_string(provider.client) if isinstance(provider.client, str) else provider.client
-        client: object = make()
+        client: object = imported(provider.client)()
         if not isinstance(client, AsyncOpenAI):
             raise TypeError(f"CLIENT of the provider {provider.name} must return an AsyncOpenAI, not {type(client)}")
         self._theirs.append(client)

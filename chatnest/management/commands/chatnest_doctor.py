@@ -15,20 +15,18 @@ from django.db import connections
 from chatnest.accounts import SITE, paying
 from chatnest.conf import moment, provider, settings
 from chatnest.errors import ChatError
-from chatnest.holds import reservation
 from chatnest.ledger.batcher import batcher
 from chatnest.limits import clamp, hard_caps
 from chatnest.models import Calibration, Profile, Reservation
 from chatnest.policy import Policy, Terms
 from chatnest.slots import StreamSlot
-from chatnest.stream import Chat, ChatStream
-from chatnest.tokens import bound
-from chatnest.wires import Message
+from chatnest.views import open_stream
+from chatnest.wires import ChatRequest, Message
 
 from ..base import OperatorCommand
 
 PAYER: Final = "doctor"
-QUESTION: Final = [Message("user", "Answer with one word: ready?")]
+QUESTION: Final = (Message("user", "Answer with one word: ready?"),)
 MOST_TOKENS: Final = 16  # the least that some models take
 MOST_SKEW: Final = 2.0  # seconds: a lease has thirty
 OTHER: Final = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
@@ -137,21 +135,16 @@ class _Words(logging.Handler):
 
 async def _chat(profile: Profile) -> tuple[float, str]:
     """Seconds to the first token, and why there was no answer. Raises ChatError where the ledger refuses."""
-    accounts = paying(PAYER)
-    policy = await batcher.policy(accounts)
-    upstream = provider(profile.provider)
-    ask = reservation(_terms(profile, policy), bound(QUESTION, profile.model, upstream), "doctor")
-    hold = await batcher.reserve(ask)
-    slot = StreamSlot.acquire(stranger=False)
-    stream = ChatStream(
-        Chat(ask, hold, QUESTION, temperature=clamp(profile.limits, hard_caps()).temperature, dropped=0, slot=slot)
-    )
+    terms = _terms(profile, await batcher.policy(paying(PAYER)))
+    asked = ChatRequest(messages=QUESTION, profile=profile.name, label="doctor")
+    stream = await open_stream(asked, terms, StreamSlot.acquire(stranger=False))
     began, first, problem = time.monotonic(), None, ""
     async for frames in stream:
         if b"event: token\n" in frames and first is None:
             first = time.monotonic() - began
-        if (at := frames.find(b"event: error\ndata: ")) >= 0:
-            problem = json.loads(frames[at + 19 :].split(b"\n")[0])["message"]
+        _, is_error, data = frames.partition(b"event: error\ndata: ")
+        if is_error:
+            problem = json.loads(data)["message"]
     return first or time.monotonic() - began, problem
 
 
