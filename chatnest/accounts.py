@@ -60,9 +60,19 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
     return _with_shared(named)
 
 
-def paying(names: str | Iterable[object]) -> tuple[str, ...]:
-    """The accounts of a call that the site's own code makes. Raises ImproperlyConfigured for what is no name."""
-    return _with_shared([_checked(name) for name in ([names] if isinstance(names, str) else names)])
+def paying(payer: Any) -> tuple[str, ...]:
+    """The accounts of a call that the site's own code makes, of a user or of names, the payer's first.
+
+    Raises NotAuthenticated for an AnonymousUser and for nobody, ImproperlyConfigured for what is no name.
+    """
+    if isinstance(payer, str):
+        payer = [payer]
+    elif hasattr(payer, "pk"):
+        payer = [] if payer.pk is None else [f"user:{payer.pk}"]
+    named = list(map(_checked, payer))
+    if not named:
+        raise NotAuthenticated()
+    return _with_shared(named)
 
 
 def _with_shared(named: list[str]) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
 """``chatnest.hold``: any code of the site pays from the chat's budgets, with the same refusals, leases and charges.
 
     async with chatnest.hold(user, messages, profile="balanced") as hold:
-        answer = await client.chat.completions.create(
+        answer = await client.with_options(max_retries=0).chat.completions.create(
             model=hold.model, messages=messages, max_tokens=hold.output_tokens
         )
         hold.report(answer.usage)
 
-``with`` instead of ``async with`` where no event loop runs: a Celery task, a command, a WSGI view.
+One hold pays for one call: a client that retries by itself may be billed for each. ``with`` instead of ``async with`` where no event loop runs: a Celery task, a command, a WSGI view.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         max_output_tokens: int | None = None,
         label: str = "",
     ) -> None:
-        self._accounts = paying([f"user:{payer.pk}"] if hasattr(payer, "pk") else payer)
+        self._accounts = paying(payer)
         self._messages = [Message(one["role"], one["content"]) for one in messages]  # type: ignore[arg-type]
         self._profile = profile_name(profile)
         self._max_output_tokens = max_output_tokens
@@ -172,7 +172,9 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         if isinstance(error, openai.APIStatusError):
             refusal, seconds = error.response, time.monotonic() - self._began
             failure = failures.refused(refusal.status_code, refusal.headers, refusal.content, seconds=seconds)
-            return Received(billed=Billed.ANSWER) if failure.error.billed else NOTHING
+            # The package counts its own retries: what was refused last may have been billed before.
+            retried = refusal.request.headers.get("x-stainless-retry-count", "0") != "0"
+            return Received(billed=Billed.ANSWER) if failure.error.billed or retried else NOTHING
         return Received(billed=Billed.ANSWER)
 
 

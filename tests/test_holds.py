@@ -8,10 +8,11 @@ from typing import Any
 
 import openai
 import pytest
+from django.contrib.auth.models import AnonymousUser
 from openai import AsyncOpenAI, OpenAI
 
 import chatnest
-from chatnest.errors import DailyBudgetExceeded, Paused, RateLimited, RequestTooLarge
+from chatnest.errors import DailyBudgetExceeded, NotAuthenticated, Paused, RateLimited, RequestTooLarge
 from chatnest.ledger import Stop, apply, today
 from chatnest.ledger.batcher import batcher
 from chatnest.models import Account, DailyUsage, Refusal, Reservation
@@ -86,6 +87,24 @@ def test_what_was_not_sent_or_refused_costs_nothing(upstream: FakeUpstream, data
     with pytest.raises(openai.RateLimitError):
         a_task(upstream)
     assert [row.tokens_charged for row in settled()] == [0, 0]
+
+
+def test_a_client_that_retries_by_itself_may_have_been_billed_before(
+    upstream: FakeUpstream, database: str, settled: Settled
+) -> None:
+    upstream.replies(Reply.refuse(503, headers={"retry-after-ms": "1"}), Reply.refuse(429))
+    client = OpenAI(api_key="sk", base_url=upstream.url, max_retries=1)
+    with client, pytest.raises(openai.RateLimitError), chatnest.hold("user:7", MESSAGES) as hold:
+        client.chat.completions.create(model=hold.model, messages=MESSAGES)
+    assert len(upstream.requests) == 2
+    (row,) = settled()
+    assert row.tokens_charged == row.tokens
+
+
+@pytest.mark.parametrize("nobody", [AnonymousUser(), [], ()])
+def test_somebody_must_pay(nobody: Any) -> None:
+    with pytest.raises(NotAuthenticated):
+        chatnest.hold(nobody, MESSAGES)
 
 
 def test_it_is_refused_as_the_chat_is(

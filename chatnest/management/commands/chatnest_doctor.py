@@ -84,12 +84,14 @@ class Command(OperatorCommand):
         words = _Words()
         logger = logging.getLogger("chatnest.upstream")
         logger.addHandler(words)
+        propagates, logger.propagate = logger.propagate, False  # it is told below
         try:
             seconds, problem = asyncio.run(_chat(profile))
         except ChatError as refusal:
             return self._failed(refusal.message, refusal.detail)
         finally:
             logger.removeHandler(words)
+            logger.propagate = propagates
         if problem:
             return self._failed(problem, *words.told, self._hint(profile, " ".join(words.told)))
         self._report(profile, seconds)
@@ -130,7 +132,8 @@ class _Words(logging.Handler):
         self.told: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(record.getMessage())
+        if (words := record.getMessage()) not in self.told:  # each retry says it
+            self.told.append(words)
 
 
 async def _chat(profile: Profile) -> tuple[float, str]:
