@@ -6,7 +6,8 @@
         )
         hold.report(answer.usage)
 
-One hold pays for one call: a client that retries by itself may be billed for each. ``with`` instead of ``async with`` where no event loop runs: a Celery task, a command, a WSGI view.
+One hold pays for one call: a client that retries by itself may be billed for each. ``with`` instead of ``async with``
+where no event loop runs: a Celery task, a command, a WSGI view.
 """
 
 from __future__ import annotations
