@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from .conf import settings
 from .errors import Overloaded
@@ -10,6 +10,8 @@ from .errors import Overloaded
 
 class StreamSlot:
     """One of the process's MAX_STREAMS_PER_PROCESS. Strangers hold at most half of them, so that users find some.
+
+    ``with`` it what may fail before the stream has it: then it is given back.
 
     Sets, because a slot may be released twice, and in any thread: adding and discarding are one step each.
     """
@@ -29,6 +31,13 @@ class StreamSlot:
         if stranger:
             cls._strangers.add(slot)
         return slot
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind:
+            self.release()
 
     def release(self) -> None:
         """Again changes nothing."""

@@ -124,15 +124,11 @@ async def begin(request: HttpRequest, accounts: Sequence[str]) -> ChatStream:
     terms = policy.terms(accounts, asked.profile, asked)
     if refusal := refusals.recall(terms):
         raise refusal
-    slot = StreamSlot.acquire(stranger=is_stranger(accounts[0]))
-    try:
+    with StreamSlot.acquire(stranger=is_stranger(accounts[0])) as slot:
         if prepare := hook("PREPARE"):
             asked = await prepared(prepare, request, asked)
             terms = policy.terms(accounts, asked.profile, asked)
         return await open_stream(asked, terms, slot)
-    except BaseException:
-        slot.release()
-        raise
 
 
 async def prepared(prepare: Callable[..., Any], request: HttpRequest, asked: ChatRequest) -> ChatRequest:

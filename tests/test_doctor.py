@@ -9,6 +9,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 
 from chatnest.models import Calibration, Reservation
+from chatnest.slots import StreamSlot
 from chatnest.testing import FakeUpstream, Reply
 
 from .conftest import Configure, EditProfile
@@ -69,6 +70,7 @@ def test_no_budget_no_answer(upstream: FakeUpstream, database: str, configure: C
     assert "Daily AI budget exceeded." in said
     assert "site has 5 of 5 tokens left" in said
     assert not upstream.requests
+    assert not StreamSlot._taken
 
 
 @pytest.mark.django_db(transaction=True)

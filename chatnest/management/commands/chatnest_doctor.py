@@ -140,7 +140,8 @@ async def _chat(profile: Profile) -> tuple[float, str]:
     """Seconds to the first token, and why there was no answer. Raises ChatError where the ledger refuses."""
     terms = _terms(profile, await batcher.policy(paying(PAYER)))
     asked = ChatRequest(messages=QUESTION, profile=profile.name, label="doctor")
-    stream = await open_stream(asked, terms, StreamSlot.acquire(stranger=False))
+    with StreamSlot.acquire(stranger=False) as slot:
+        stream = await open_stream(asked, terms, slot)
     began, first, problem = time.monotonic(), None, ""
     async for frames in stream:
         if b"event: token\n" in frames and first is None:
