@@ -19,7 +19,7 @@ The path of a request, in the order of the files to read:
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
 
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, hooks, asgi,
-admin, checks, routers, signals, testing and management/.
+admin, checks, receivers, routers, signals, testing and management/.
 """
 
 from __future__ import annotations

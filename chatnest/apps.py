@@ -12,9 +12,9 @@ class ChatnestConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks, signals  # noqa: F401 - they register themselves
+        from . import checks, receivers  # noqa: F401 - they register themselves
 
-        post_migrate.connect(signals.deliver_rows, sender=self)
+        post_migrate.connect(receivers.deliver_rows, sender=self)
         if "django.core.asgi" in sys.modules:  # to serve, and not a command: nobody is to wait while these are loaded
             from . import tokens, views  # noqa: F401 - views: with the openai package
 

@@ -36,6 +36,7 @@ from .policy import Terms
 from .provider import failures
 from .provider.chunks import Report, loose_usage
 from .refusals import refusals
+from .signals import Exchange
 from .tokens import abound, aestimate
 from .wires import Message
 
@@ -161,7 +162,8 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         elif error is not None:
             outcome = Outcome.UPSTREAM_ERROR if isinstance(error, openai.APIError) else Outcome.CANCELLED
         # What was sent besides the messages, and shown, nobody knows: so it teaches nothing about the model.
-        return replace(settlement(self.hold, outcome, received, unreported="held"), lesson=None)
+        told = Exchange(messages=self._messages, duration=time.monotonic() - self._began)
+        return replace(settlement(self.hold, outcome, received, unreported="held"), lesson=None, exchange=told)
 
     def _received(self, error: BaseException | None) -> Received:
         if self._report:
@@ -185,7 +187,7 @@ def reservation(terms: Terms, bound: int, label: str) -> Reserve:
     calibration = batcher.calibration(terms.provider, terms.model)
     excess = calibration.prompt_excess if calibration else 0
     return Reserve(
-        budgets=ledger.todays_budgets(terms.budgets),
+        budgets=ledger.todays_budgets(terms.budgets, whole=terms.whole),
         profile=terms.profile,
         provider=terms.provider,
         model=terms.model,

@@ -231,6 +231,9 @@ class DailyUsage(models.Model):
     prompt_tokens = models.BigIntegerField(default=0)
     completion_tokens = models.BigIntegerField(default=0)
     requests = models.BigIntegerField(default=0)
+    crossed = models.PositiveSmallIntegerField(
+        default=0, help_text=_("The percentage of the limit whose crossing was told: 50, 80 or 100.")
+    )
 
     objects = DailyUsageQuerySet.as_manager()
 

@@ -31,7 +31,10 @@ Calibrations = Mapping[tuple[str, str], Calibration]  # by provider and model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What one request gets: limits in force, and each account's daily limit, the payer's first."""
+    """What one request gets: limits in force, and each account's daily limit, the payer's first.
+
+    ``whole``: that of an account for which the request asked less.
+    """
 
     profile: str
     provider: str
@@ -39,6 +42,7 @@ class Terms:
     system_prompt: str
     limits: Limits
     budgets: Mapping[str, int]
+    whole: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,8 @@ class Policy:
         limits = replace(limits, daily_token_limit=budgets[payer])
         if request:
             limits = tighten(limits, request)
-            budgets[payer] = limits.daily_token_limit
+        whole = {payer: budgets[payer]} if limits.daily_token_limit < budgets[payer] else {}
+        budgets[payer] = limits.daily_token_limit
         return Terms(
             profile=profile.name,
             provider=profile.provider,
@@ -97,6 +102,7 @@ class Policy:
             system_prompt=profile.system_prompt,
             limits=limits,
             budgets=budgets,
+            whole=whole,
         )
 
     def daily_limit(self, account: str, day: date | None = None) -> DailyLimit:

@@ -21,6 +21,7 @@ from .ledger.batcher import batcher
 from .ledger.bulk import insert, run, table
 from .models import Refusal
 from .policy import Terms
+from .signals import tell_refused
 
 MOST_REMEMBERED: Final = 10_000
 MOST_NAMES: Final = 1000  # counted by name, of a process and a day
@@ -108,7 +109,8 @@ class Refusals:
     # Counted.
 
     def note(self, payer: str, refusal: ChatError) -> None:
-        """Count it. Within a second or two operators see it."""
+        """Count it, and tell who listens. Within a second or two operators see it."""
+        tell_refused(payer, refusal)
         key = self._key(payer, refusal.code)
         tally = self._tallies.setdefault(key, Tally(0, now(), ""))
         tally.count += 1

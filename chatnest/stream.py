@@ -20,7 +20,8 @@ import logging
 import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Self
+from dataclasses import replace
+from typing import Any, Final, Self
 
 from .conf import provider, settings
 from .deadlines import GRACE_SECONDS, Deadlines, Enough
@@ -30,8 +31,10 @@ from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
 from .ledger.charges import Billed, Received, most_received, settlement
 from .models import Reservation
+from .provider.answer import FinishReason
 from .provider.call import Call
 from .provider.chunks import Kind, Piece
+from .signals import Exchange, settled
 from .slots import StreamSlot
 from .tokens import TokenCounter
 from .wires import Message, Usage, chatnest
@@ -81,6 +84,7 @@ class Chat:
         *,
         temperature: float | None,
         dropped: int,
+        metadata: Any,
         slot: StreamSlot,
     ) -> None:
         self.hold = hold
@@ -88,6 +92,7 @@ class Chat:
         self._messages = messages
         self._temperature = temperature
         self._dropped = dropped
+        self._metadata = metadata
         self._slot = slot
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(self._loop)
@@ -98,6 +103,8 @@ class Chat:
         self._provider = provider(hold.provider)
         self._received = TokenCounter(hold.model, self._provider)
         self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
+        self._text: list[str] | None = [] if settled.has_listeners() else None
+        self._first_token_at: float | None = None
         self._cut = False  # at its allowance, which the provider ignored
         self._behind = False  # its reader is waited for, while the provider may write on
         self._why: Exception | None = None  # the pump was interrupted
@@ -249,9 +256,13 @@ class Chat:
     def _take(self, pieces: list[Piece]) -> None:
         frames = []
         self._received.add("".join([text for _, text in pieces]), len(pieces))
+        if self._first_token_at is None and pieces:
+            self._first_token_at = self._loop.time()
         for kind, text in pieces:
             if kind is Kind.TEXT:
                 frames.append(chatnest.token(text))
+                if self._text is not None:
+                    self._text.append(text)
             elif kind is Kind.REASONING:
                 self._reasoning.add(text)
                 if settings.SHOW_REASONING:
@@ -269,13 +280,12 @@ class Chat:
         remaining = await batcher.settled(settle)
         if remaining is None:  # the database is away: what the hold said, put right by what was used
             remaining = max(0, self.hold.remaining + self.hold.tokens - settle.total_tokens)
-        reason = "length" if self._cut else self._call.answer.finish_reason if self._call else None
         usage = Usage(
             prompt_tokens=settle.prompt_tokens,
             completion_tokens=settle.completion_tokens,
             total_tokens=settle.total_tokens,
             remaining=remaining,
-            finish_reason=reason or "stop",
+            finish_reason=self._finish_reason or "stop",
             dropped_messages=self._dropped,
         )
         self._frames.write(chatnest.done(usage))
@@ -305,7 +315,25 @@ class Chat:
         self._deadlines.end()
         self._slot.release()
         batcher.unwatch(self)
-        return self._settlement(outcome)
+        settle = self._settlement(outcome)
+        return settle if self._text is None else replace(settle, exchange=self._exchange(self._text))
+
+    def _exchange(self, text: list[str]) -> Exchange:
+        began, first = self._deadlines.began, self._first_token_at
+        return Exchange(
+            messages=self._messages,
+            text="".join(text),
+            finish_reason=self._finish_reason,
+            time_to_first_token=None if first is None else first - began,
+            duration=self._loop.time() - began if began else 0.0,
+            metadata=self._metadata,
+        )
+
+    @property
+    def _finish_reason(self) -> FinishReason | None:
+        if self._cut:
+            return "length"
+        return self._call.answer.finish_reason if self._call else None
 
     def _settlement(self, outcome: Reservation.Outcome) -> Settle:
         received = self._what_came()

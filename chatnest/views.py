@@ -197,5 +197,13 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
         refusals.remember(terms, refusal)
         raise
     return ChatStream(
-        Chat(ask, hold, window.messages, temperature=limits.temperature, dropped=window.dropped, slot=slot)
+        Chat(
+            ask,
+            hold,
+            window.messages,
+            temperature=limits.temperature,
+            dropped=window.dropped,
+            metadata=asked.metadata,
+            slot=slot,
+        )
     )

@@ -22,7 +22,7 @@ FLOORS = [
     {"hooks"},
     {"limits", "tokens", "accounts", "provider", "wires", "slots", "frames", "deadlines", "conversation"},
     {"models"},
-    {"policy"},
+    {"policy", "signals"},
     {"ledger"},
     {"refusals", "stream"},
     {"holds"},
@@ -37,7 +37,7 @@ BESIDE = {
     "management": set(),
     "routers": set(),
     "migrations": set(),
-    "signals": {"apps"},
+    "receivers": {"apps"},
     "testing": set(),
 }
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -25,6 +25,7 @@ from ..accounts import SITE
 from ..conf import provider
 from ..errors import ChatError
 from ..ledger.batcher import batcher
+from ..signals import announcer
 from ..stream import end_streams
 from ..tokens import load_vocabulary
 from .application import ASGI
@@ -50,6 +51,7 @@ async def lifespan(application: ASGI, receive: Any, send: Any, *, scope: Any, gr
         else:
             await end_streams()
             await asyncio.to_thread(batcher.close)
+            await asyncio.to_thread(announcer.close)
         return message
 
     async def answer(message: Any) -> None:

@@ -146,6 +146,10 @@ class Book:
     def used(self, day: date, account: str) -> int:
         return self._usage[day, account].tokens_used
 
+    def crossed(self, day: date, account: str) -> int:
+        """The percentage of its limit whose crossing has been told."""
+        return self._usage[day, account].crossed
+
     def committed(self, day: date, account: str) -> int:
         """Tokens spent or promised; 0 for a key that this book did not open."""
         usage = self._usage.get((day, account))
@@ -182,6 +186,10 @@ class Book:
         self._posted.add((day, account))
         for counter, change in changes.items():
             setattr(usage, counter, getattr(usage, counter) + change)
+
+    def cross(self, day: date, account: str, percent: int) -> None:
+        self._usage[day, account].crossed = percent
+        self._posted.add((day, account))
 
     def insert(self, held: ReservationRow, **more: Any) -> None:
         """A new reservation; ``more`` are the columns that it does not have in memory."""

@@ -23,6 +23,7 @@ from ..conf import settings
 from ..errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from ..limits import rate_wait
 from ..models import Adjustment, DailyUsage, Reservation
+from ..signals import Exchange, tell_crossed, tell_settled
 from .book import Book
 from .days import day_ends
 from .operations import Answer, Budget, Hold, Operation, Reserve, Reset, Settle, Stop
@@ -117,6 +118,7 @@ def _fit(book: Book, ask: Reserve) -> int:
     least = min(ask.min_output_tokens, ask.max_output_tokens)
     if output < least:
         tightest = min(ask.budgets, key=lambda budget: _room(book, [budget]))
+        _tell_if_crossed(book, tightest, needed=ask.prompt_tokens + least)
         left = f"{tightest.account} has {_remaining(book, [tightest]):,} of {tightest.limit:,} tokens left"
         raise DailyBudgetExceeded(
             retry_after=(day_ends(ask.day) - book.moment).total_seconds(),
@@ -140,7 +142,19 @@ def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> ReservationRow:
     for budget in ask.budgets:
         book.post(budget.period, budget.account, tokens_reserved=tokens, requests=1)
         assert book.committed(budget.period, budget.account) <= budget.limit
+        _tell_if_crossed(book, budget)  # by a lease that ran out since, or for a lower limit
     return held
+
+
+def _tell_if_crossed(book: Book, budget: Budget, needed: int = 0) -> None:
+    """That it has used half of its limit, or four fifths, or all; or so much that what is needed has no room."""
+    day, account = budget.period, budget.account
+    limit = budget.limit if budget.whole is None else budget.whole
+    used = book.used(day, account)
+    percent = 100 if used + max(1, needed) > limit else 80 if used >= 0.8 * limit else 50 if used >= 0.5 * limit else 0
+    if used > 0 and percent > book.crossed(day, account):
+        book.cross(day, account, percent)
+        book.after_commit(partial(tell_crossed, account, day, percent=percent, used=used, limit=limit))
 
 
 def _room(book: Book, budgets: Sequence[Budget]) -> int:
@@ -159,10 +173,14 @@ def _settle(book: Book, ask: Settle) -> int:
     if row is None:
         pass  # never committed, so never dispatched
     elif row.state == State.OPEN:
-        resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens)
+        resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens, ask.exchange)
         _record(book, row, ask)
+        for budget in ask.hold.budgets:
+            _tell_if_crossed(book, budget)
     elif row.awaits_settlement:
         _settle_late(book, row, ask)
+    else:  # asked again, for nobody heard the first answer
+        book.after_commit(partial(tell_settled, row.id, ask.exchange))
     return _remaining(book, ask.hold.budgets)
 
 
@@ -175,6 +193,7 @@ def _settle_late(book: Book, row: ReservationRow, ask: Settle) -> None:
     for account in row.accounts:
         if correction > 0 or not book.was_forgiven(row.day, account, since=row.settled_at):
             book.adjust(row.day, account, correction, Kind.LATE, reason=str(row.id))
+    book.after_commit(partial(tell_settled, row.id, ask.exchange))
 
 
 def _write_again(book: Book, hold: Hold) -> ReservationRow:
@@ -225,8 +244,9 @@ def resolve(
     outcome: Reservation.Outcome,
     source: Reservation.UsageSource,
     charge: int,
+    exchange: Exchange | None = None,
 ) -> None:
-    """The one way out of open."""
+    """The one way out of open. ``exchange``: what its stream knows, where that says so."""
     assert row.state == State.OPEN
     row.state, row.outcome, row.usage_source = state.value, outcome.value, source.value
     row.tokens_charged, row.settled_at = charge, book.now
@@ -234,6 +254,7 @@ def resolve(
     book.change(row)
     for account in row.accounts:
         book.post(row.day, account, tokens_reserved=-row.tokens, tokens_used=charge)
+    book.after_commit(partial(tell_settled, row.id, exchange))
 
 
 def _reset(book: Book, ask: Reset) -> int:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from time import time_ns
+from types import MappingProxyType
 from uuid import UUID
 
 from ..conf import DEFAULT_PROVIDER
 from ..errors import ChatError
 from ..models import Calibration, Reservation
+from ..signals import Exchange
 from .days import today
 
 
@@ -24,17 +26,24 @@ def new_id() -> UUID:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What an account may spend in a period, which is a day: ``limit`` in tokens."""
+    """What an account may spend in a period, which is a day: ``limit`` in tokens.
+
+    ``whole``: what its operator allows, where a client asks to be given less.
+    """
 
     account: str
     period: date
     limit: int
+    whole: int | None = None
 
 
-def todays_budgets(limits: Mapping[str, int]) -> tuple[Budget, ...]:
-    """Of each account and its daily limit. Fixed by the asking: after midnight it is still this day's."""
+def todays_budgets(limits: Mapping[str, int], whole: Mapping[str, int] = MappingProxyType({})) -> tuple[Budget, ...]:
+    """Of each account and its daily limit. Fixed by the asking: after midnight it is still this day's.
+
+    ``whole``: the limits of those that a client tightened.
+    """
     day = today()
-    return tuple(Budget(account, day, limit) for account, limit in limits.items())
+    return tuple(Budget(account, day, limit, whole.get(account)) for account, limit in limits.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +158,7 @@ class Settle:
     """What became of a hold. Answered with the tokens that are left of the payer's day.
 
     ``total_tokens`` is charged whole, above the hold too. Settling again changes, and teaches, nothing.
+    ``exchange`` is for the receivers of ``settled``, and in no log.
     """
 
     hold: Hold
@@ -158,6 +168,7 @@ class Settle:
     completion_tokens: int = 0
     total_tokens: int = 0
     lesson: Lesson | None = None
+    exchange: Exchange | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

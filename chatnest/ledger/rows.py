@@ -47,6 +47,7 @@ class UsageRow(msgspec.Struct, eq=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     requests: int = 0
+    crossed: int = 0  # percent
 
 
 RESERVATION: Final = ReservationRow.__struct_fields__[:-1]

@@ -201,6 +201,12 @@ class Migration(migrations.Migration):
                 ("prompt_tokens", models.BigIntegerField(default=0)),
                 ("completion_tokens", models.BigIntegerField(default=0)),
                 ("requests", models.BigIntegerField(default=0)),
+                (
+                    "crossed",
+                    models.PositiveSmallIntegerField(
+                        default=0, help_text="The percentage of the limit whose crossing was told: 50, 80 or 100."
+                    ),
+                ),
             ],
             options={
                 "verbose_name_plural": "daily usage",

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 from weakref import WeakValueDictionary
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.test import override_settings
+from django.test import TestCase, override_settings
 
+from ..conf import settings as ledgers
 from ..ledger.batcher import batcher
 from ..ledger.jobs import Job
 from ..ledger.outage import Outage
 from ..ledger.worker import Worker
 from ..policy import Policy, PolicyCache
 from ..refusals import refusals
+from ..signals import announcer
 from .upstream import FakeUpstream
 
 
@@ -41,20 +44,33 @@ def inline_ledger() -> Iterator[None]:
     worker = Worker(queue.SimpleQueue(), WeakValueDictionary(), Outage(), lambda hold: None)
     doing: set[asyncio.Task[Any]] = set()
 
-    def put(job: Job | None) -> None:
-        if job is None:
-            return
+    def do(what: Callable[[], object]) -> None:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            worker._work([job])
+            what()
             return
-        doing.add(task := loop.create_task(sync_to_async(worker._work)([job])))
+        doing.add(task := loop.create_task(sync_to_async(what)()))
         task.add_done_callback(doing.discard)
+
+    def work(job: Job) -> None:
+        # Nothing is ever committed, but signals are sent.
+        with TestCase.captureOnCommitCallbacks(using=ledgers.DATABASE_ALIAS, execute=True):
+            worker._work([job])
+
+    def put(job: Job | None) -> None:
+        if job:
+            do(partial(work, job))
+
+    def tell(send: Callable[[], object], **kwargs: Any) -> None:
+        do(send)
 
     batcher.close()  # a thread of before would renew what only the test can see
     refusals.clear()
-    with mock.patch.multiple(batcher, _put=put, start=lambda: None, _policies=_AsItIs()):
+    with (
+        mock.patch.multiple(batcher, _put=put, start=lambda: None, _policies=_AsItIs()),
+        mock.patch.object(announcer, "put", tell),
+    ):
         try:
             yield
         finally:

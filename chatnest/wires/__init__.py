@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,7 +19,8 @@ class Message(msgspec.Struct, frozen=True):
 class ChatRequest:
     """What a client asked for, whatever wire it came by. Limits are None where it named none.
 
-    ``label``: which feature of the site asks, as CHATNEST["PREPARE"] says; no client does.
+    ``label``: which feature of the site asks, as CHATNEST["PREPARE"] says; no client does. ``metadata``: whatever it
+    wants to have in ``chatnest.signals.settled``.
     """
 
     messages: tuple[Message, ...]
@@ -27,6 +28,7 @@ class ChatRequest:
     daily_token_limit: int | None = None
     max_tokens_per_request: int | None = None
     label: str = ""
+    metadata: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
