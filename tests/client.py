@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
+CHAT = "/api/chat"
 Frame = tuple[str, str]
 
 
@@ -71,29 +72,31 @@ class Client:
         finally:
             connection.close()
 
-    def chat(self, body: object = HELLO, **headers: str) -> Answer:
+    def chat(self, body: object = HELLO, *, path: str = CHAT, **headers: str) -> Answer:
         """POST /api/chat, read to the end. ``body`` is sent as it is if it is bytes."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.request("POST", "/api/chat", raw, **{"Content_Type": "application/json", **headers})
+        return self.request("POST", path, raw, **{"Content_Type": "application/json", **headers})
 
     def usage(self, **headers: str) -> dict[str, Any]:
         return self.request("GET", "/api/usage", **headers).json
 
-    def stream(self, body: object = HELLO, **headers: str) -> RawStream:
-        return RawStream(self.port, body, {**self.headers, **headers})
+    def stream(self, body: object = HELLO, *, path: str = CHAT, **headers: str) -> RawStream:
+        return RawStream(self.port, body, {**self.headers, **headers}, path=path)
 
 
 class RawStream:
     """One request over a raw socket, read frame by frame; ``leave`` closes it like a closed tab."""
 
-    def __init__(self, port: int, body: object = HELLO, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, port: int, body: object = HELLO, headers: dict[str, str] | None = None, *, path: str = CHAT
+    ) -> None:
         raw = json.dumps(body).encode()
+        headers = {"Host": "localhost", **(headers or {})}
         lines = [
-            "POST /api/chat HTTP/1.1",
-            "Host: localhost",
+            f"POST {path} HTTP/1.1",
             "Content-Type: application/json",
             f"Content-Length: {len(raw)}",
-            *(f"{name.replace('_', '-')}: {value}" for name, value in (headers or {}).items()),
+            *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
         ]
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + raw)

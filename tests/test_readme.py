@@ -40,7 +40,8 @@ def block(beginning: str) -> str:
 SETTINGS = block("INSTALLED_APPS")
 PAYER = block("def payer")
 LIFESPAN = block("from chatnest.asgi")
-PREPARE = block("from dataclasses")
+PREPARE = block("from dataclasses import replace\n\nfrom chatnest.wires")
+CONVERSATIONS = block("from dataclasses import replace\n\nfrom chatnest.signals")
 HOLD = block("import chatnest")
 ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
 PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
@@ -50,7 +51,9 @@ URL = re.search(r'`(path\("api/", .*?\))`', README)
 
 
 def test_no_block_is_left_out() -> None:
-    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, HOLD, ROUTER, PROVIDERS, TEST_CASE, TESTING} == set(BLOCKS)
+    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, CONVERSATIONS, HOLD, ROUTER, PROVIDERS, TEST_CASE, TESTING} == set(
+        BLOCKS
+    )
     for text in BLOCKS:
         ast.parse(text)
 
@@ -129,6 +132,28 @@ def test_a_site_made_of_the_readme_chats(site: Site, upstream: FakeUpstream) -> 
     site.manage("chatnest_verify")
     rows = "from chatnest.models import *; print([(r.state, r.label) for r in Reservation.objects.order_by('id')])"
     assert "[('settled', 'help desk'), ('settled', 'help desk')]" in site.manage("shell", "-c", rows)
+
+
+def test_a_site_keeps_its_conversations(site: Site, upstream: FakeUpstream) -> None:
+    """In two models of its own, also of an answer that a restart broke off."""
+    site.add("settings", 'INSTALLED_APPS += ["mysite"]', 'CHATNEST["PREPARE"] = "mysite.models.prepare"')
+    (site.folder / "mysite" / "models.py").write_text(CONVERSATIONS)
+    site.manage("makemigrations", "mysite", "--verbosity", "0")
+    site.manage("migrate", "--verbosity", "0")
+    with site.served() as running:
+        client = Client(running.port)
+        cookie = log_in(client, "grace", "x", form="/admin/login/")
+        headers = {"cookie": cookie, "origin": "http://localhost", "Host": "localhost"}
+        upstream.replies(Reply("Paris"), Reply("It", " is", gate_after=1))
+        assert client.chat(path="/api/chat?conversation=one", **headers).answer == "Paris"
+        with client.stream(path="/api/chat?conversation=two", **headers) as stream:
+            stream.until("token")
+            running.process.terminate()
+            running.process.wait(20)
+    fields = "'conversation__key', 'conversation__user__username', 'question', 'answer'"
+    turns = f"from mysite.models import Turn; print([*Turn.objects.order_by('pk').values_list({fields})])"
+    told = "[('one', 'grace', 'Hello!', 'Paris'), ('two', 'grace', 'Hello!', 'It')]"
+    assert told in site.manage("shell", "-c", turns)
 
 
 def test_a_management_command_needs_no_key(site: Site) -> None:
