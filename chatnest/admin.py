@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date
-from typing import Any
+from typing import Any, cast
 
 from django import forms
 from django.contrib import admin
@@ -29,6 +29,8 @@ class ProfileForm(forms.ModelForm):
         # What is stored is shown, even where the settings have it no more: saving then says so.
         names = sorted(provider_names() | {self.instance.provider})
         self.fields["provider"].widget = forms.Select(choices=[(name, name) for name in names])
+        fallback = cast("forms.ModelChoiceField", self.fields["fallback"])
+        fallback.queryset = Profile.objects.exclude(pk=self.instance.pk)
 
 
 @admin.register(Profile)
@@ -39,7 +41,7 @@ class ProfileAdmin(admin.ModelAdmin):
         *("max_output_tokens_in_force", "rate_max_requests_in_force", "max_concurrent_streams_in_force"),
     )
     fieldsets = (
-        (None, {"fields": ("name", "enabled", "audience", "provider", "model", "system_prompt")}),
+        (None, {"fields": ("name", "enabled", "audience", "provider", "model", "fallback", "system_prompt")}),
         (
             _("Limits"),
             {

@@ -219,10 +219,10 @@ def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> lis
     try:
         if Profile._meta.db_table not in connections[alias].introspection.table_names():
             return []
-        profiles = list(Profile.objects.using(alias).filter(enabled=True))
+        profiles = list(Profile.objects.using(alias).filter(enabled=True).select_related("fallback"))
     except DatabaseError:
         return []  # not migrated yet, or away: other checks say so
-    return [*_check_providers(profiles), *_check_answers(profiles)]
+    return [*_check_providers(profiles), *_check_fallbacks(profiles), *_check_answers(profiles)]
 
 
 def _check_providers(profiles: Sequence[Profile]) -> list[CheckMessage]:
@@ -235,6 +235,18 @@ def _check_providers(profiles: Sequence[Profile]) -> list[CheckMessage]:
         )
         for profile in profiles
         if profile.provider not in provider_names()
+    ]
+
+
+def _check_fallbacks(profiles: Sequence[Profile]) -> list[CheckMessage]:
+    return [
+        Warning(
+            f"Profile {profile.name!r} falls back to {profile.fallback.name!r}, which is off: it has no fallback.",
+            obj=profile,
+            id="chatnest.W008",
+        )
+        for profile in profiles
+        if profile.fallback and not profile.fallback.enabled
     ]
 
 

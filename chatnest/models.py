@@ -60,6 +60,17 @@ class Profile(models.Model):
         max_length=100, default=DEFAULT_PROVIDER, help_text=_("One of PROVIDERS in the site's settings.")
     )
     model = models.CharField(max_length=100, default=DEFAULT_MODEL)
+    fallback = models.ForeignKey(
+        "self",
+        null=True,
+        blank=True,
+        on_delete=models.PROTECT,
+        related_name="+",
+        help_text=_(
+            "Whose provider and model are asked where this profile's refuse, fail or cannot be reached before the "
+            "first word. The limits stay this profile's."
+        ),
+    )
     system_prompt = models.TextField(
         blank=True, help_text=_("Put before every conversation and counted in its tokens.")
     )
@@ -109,6 +120,8 @@ class Profile(models.Model):
             raise ValidationError({"provider": _("The settings have no provider of this name.")})
         if not self._state.adding and self._is_another_name_for_a_delivered_one():
             raise ValidationError({"name": _("Clients ask for this profile by its name, so it keeps it.")})
+        if self.fallback and (self.fallback.provider, self.fallback.model) == (self.provider, self.model):
+            raise ValidationError({"fallback": _("It asks the same model of the same provider.")})
         output, request = self.max_output_tokens, self.max_tokens_per_request
         if output is not None and request is not None and output >= request:
             raise ValidationError(

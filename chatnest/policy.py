@@ -33,12 +33,14 @@ Calibrations = Mapping[tuple[str, str], Calibration]  # by provider and model
 class Terms:
     """What one request gets: limits in force, and each account's daily limit, the payer's first.
 
-    ``whole``: that of an account for which the request asked less.
+    ``fallback``: the provider and the model to ask where the first fail. ``whole``: the daily limit of an account
+    for which the request asked less.
     """
 
     profile: str
     provider: str
     model: str
+    fallback: tuple[str, str] | None = None
     system_prompt: str
     limits: Limits
     budgets: Mapping[str, int]
@@ -99,6 +101,7 @@ class Policy:
             profile=profile.name,
             provider=profile.provider,
             model=profile.model,
+            fallback=self._fallback(profile),
             system_prompt=profile.system_prompt,
             limits=limits,
             budgets=budgets,
@@ -136,6 +139,11 @@ class Policy:
         if not profile.enabled:
             raise Paused(retry_after=60)
         return profile
+
+    def _fallback(self, profile: Profile) -> tuple[str, str] | None:
+        """Of a profile that is switched off, nobody is asked."""
+        rows = self.profiles.values()
+        return next(((row.provider, row.model) for row in rows if row.enabled and row.pk == profile.fallback_id), None)
 
     def _choice(self, payer: str, asked: str) -> Profile:
         """The largest profile up to ``asked`` that the payer may choose. Raises NotAuthenticated and Forbidden."""

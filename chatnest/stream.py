@@ -73,7 +73,8 @@ class ChatStream:
 class Chat:
     """Owns its hold, its calls and its slot. It begins when the first frame is asked for, and lives as its pump does.
 
-    ``ask``: what was reserved with; a retry of what may have been billed reserves again.
+    ``ask``: what was reserved with; a retry of what may have been billed reserves again. ``fallback``: the same with
+    another model, to be asked where the first fails.
     """
 
     def __init__(
@@ -82,13 +83,14 @@ class Chat:
         hold: Hold,
         messages: Sequence[Message],
         *,
+        fallback: Reserve | None,
         temperature: float | None,
         dropped: int,
         metadata: Any,
         slot: StreamSlot,
     ) -> None:
-        self.hold = hold
         self._ask = ask
+        self._fallback = fallback
         self._messages = messages
         self._temperature = temperature
         self._dropped = dropped
@@ -100,9 +102,7 @@ class Chat:
         self._pump: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[object] | None = None
         self._call: Call | None = None
-        self._provider = provider(hold.provider)
-        self._received = TokenCounter(hold.model, self._provider)
-        self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
+        self._count_for(hold)
         self._text: list[str] | None = [] if settled.has_listeners() else None
         self._first_token_at: float | None = None
         self._cut = False  # at its allowance, which the provider ignored
@@ -110,6 +110,12 @@ class Chat:
         self._why: Exception | None = None  # the pump was interrupted
         self._settled = False
         self._patience: asyncio.TimerHandle | None = None  # with a reader who does not come for the end
+
+    def _count_for(self, hold: Hold) -> None:
+        self.hold = hold
+        self._provider = provider(hold.provider)
+        self._received = TokenCounter(hold.model, self._provider)
+        self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
 
     # For the reader, and for operators.
 
@@ -217,38 +223,57 @@ class Chat:
 
     async def _open(self) -> Call:
         """The call, opened. Tried again before the first byte only; what may have been billed is settled first."""
-        for attempt in range(settings.UPSTREAM_MAX_RETRIES + 1):
-            self._call = call = Call(
-                self._provider,
-                self.hold.model,
-                self._messages,
-                max_tokens=self.hold.output_tokens,
-                temperature=self._temperature,
-            )
+        if self._fallback:  # sooner than the same again
+            call = self._new_call()
             try:
-                await call.open()
-                self._deadlines.answer = call.answer
-                self._deadlines.heard()
-                return call
+                return await self._opened(call)
+            except UpstreamError as error:
+                await self._fall_back(self._fallback, call, error)
+        for attempt in range(settings.UPSTREAM_MAX_RETRIES + 1):
+            call = self._new_call()
+            try:
+                return await self._opened(call)
             except UpstreamError as error:
                 wait = max(RETRY_SECONDS * 2**attempt * random.uniform(0.75, 1.25), call.retry_in or 0)
                 last = attempt == settings.UPSTREAM_MAX_RETRIES or self._deadlines.is_too_late(wait)
                 if call.retry_in is None or last:
                     raise
                 if call.billed:
-                    await self._reserve_again(error)
+                    await self._reserve_again(self._ask, error)
             if wait > PING_SECONDS:
                 self._frames.write(chatnest.PING)
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _reserve_again(self, error: UpstreamError) -> None:
+    def _new_call(self) -> Call:
+        self._call = Call(
+            self._provider,
+            self.hold.model,
+            self._messages,
+            max_tokens=self.hold.output_tokens,
+            temperature=self._temperature,
+        )
+        return self._call
+
+    async def _opened(self, call: Call) -> Call:
+        await call.open()
+        self._deadlines.answer = call.answer
+        self._deadlines.heard()
+        return call
+
+    async def _fall_back(self, fallback: Reserve, call: Call, error: UpstreamError) -> None:
+        if call.billed:
+            await self._reserve_again(fallback, error)
+        else:  # the same hold pays
+            self._ask, self._call = fallback, None
+            self._count_for(fallback.held(self.hold.output_tokens, self.hold.remaining))
+
+    async def _reserve_again(self, ask: Reserve, error: UpstreamError) -> None:
         batcher.settle(self._settlement(Outcome.UPSTREAM_ERROR))
         batcher.unwatch(self)
-        self._call = None
-        self._ask = self._ask.again()
+        self._ask, self._call = ask.again(), None
         try:
-            self.hold = await batcher.reserve(self._ask)
+            self._count_for(await batcher.reserve(self._ask))
         except ChatError:
             raise error from None
         batcher.watch(self)

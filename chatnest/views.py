@@ -190,7 +190,12 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
         allowance=limits.max_output_tokens,
     )
     bound = await abound(window.messages, terms.model, provider(terms.provider))
-    ask = reservation(terms, bound, asked.label)
+    ask, fallback = reservation(terms, bound, asked.label), None
+    if terms.fallback:
+        its_provider, its_model = terms.fallback
+        bound = await abound(window.messages, its_model, provider(its_provider))
+        excess = batcher.prompt_excess(*terms.fallback)
+        ask, fallback = ask.or_else(*terms.fallback, bound + excess, excess)
     try:
         hold = await batcher.reserve(ask)
     except ChatError as refusal:
@@ -201,6 +206,7 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
             ask,
             hold,
             window.messages,
+            fallback=fallback,
             temperature=limits.temperature,
             dropped=window.dropped,
             metadata=asked.metadata,

@@ -128,12 +128,18 @@ def _fit(book: Book, ask: Reserve) -> int:
 
 
 def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> ReservationRow:
-    held = ReservationRow(id=ask.id, day=ask.day, payer=ask.payer, accounts=ask.accounts, tokens=tokens)
+    held = ReservationRow(
+        id=ask.id,
+        day=ask.day,
+        payer=ask.payer,
+        accounts=ask.accounts,
+        tokens=tokens,
+        provider=ask.provider,
+        model=ask.model,
+    )
     book.insert(
         held,
         profile=ask.profile,
-        provider=ask.provider,
-        model=ask.model,
         label=ask.label,
         created_at=book.now,
         expires_at=book.now + timedelta(seconds=settings.LEASE_SECONDS),
@@ -198,12 +204,18 @@ def _settle_late(book: Book, row: ReservationRow, ask: Settle) -> None:
 
 def _write_again(book: Book, hold: Hold) -> ReservationRow:
     """Somebody deleted the row; what it used counts all the same, and once. It holds nothing any more."""
-    row = ReservationRow(id=hold.id, day=hold.day, payer=hold.accounts[0], accounts=hold.accounts, tokens=0)
+    row = ReservationRow(
+        id=hold.id,
+        day=hold.day,
+        payer=hold.accounts[0],
+        accounts=hold.accounts,
+        tokens=0,
+        provider=hold.provider,
+        model=hold.model,
+    )
     book.insert(
         row,
         profile="",
-        provider=hold.provider,
-        model=hold.model,
         label="",
         created_at=book.now,
         expires_at=book.now,
@@ -217,6 +229,7 @@ def _record(book: Book, row: ReservationRow, ask: Settle) -> None:
     if ask.source == UsageSource.REPORTED and ask.total_tokens > ask.hold.tokens:
         book.after_commit(partial(_warn_of_excess, ask))
     row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
+    row.provider, row.model = ask.hold.provider, ask.hold.model  # perhaps its fallback
     book.change(row)
     for account in row.accounts:
         book.post(row.day, account, prompt_tokens=ask.prompt_tokens, completion_tokens=ask.completion_tokens)

@@ -22,6 +22,8 @@ class ReservationRow(msgspec.Struct, eq=False):
     payer: str
     accounts: list[str]
     tokens: int
+    provider: str
+    model: str
     state: str = State.OPEN.value
     outcome: str = ""
     usage_source: str = UsageSource.NONE.value

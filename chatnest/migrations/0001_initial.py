@@ -60,6 +60,17 @@ class Migration(migrations.Migration):
                 ),
                 ("model", models.CharField(default="gpt-4o-mini", max_length=100)),
                 (
+                    "fallback",
+                    models.ForeignKey(
+                        blank=True,
+                        help_text="Whose provider and model are asked where this profile's refuse, fail or cannot be reached before the first word. The limits stay this profile's.",
+                        null=True,
+                        on_delete=models.deletion.PROTECT,
+                        related_name="+",
+                        to="chatnest.profile",
+                    ),
+                ),
+                (
                     "system_prompt",
                     models.TextField(blank=True, help_text="Put before every conversation and counted in its tokens."),
                 ),
