@@ -22,6 +22,7 @@ from django.http import HttpRequest, HttpResponse, QueryDict
 from django.middleware.csrf import CsrfViewMiddleware
 from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy
 
 from .conf import settings
 from .errors import Forbidden, NotAuthenticated
@@ -56,7 +57,7 @@ async def charged(request: HttpRequest) -> tuple[str, ...]:
         raise NotAuthenticated()
     named = list(map(_checked, accounts))
     if user and await _may_be_forged(request, user, named[0]):
-        raise Forbidden("The page is out of date (CSRF check failed). Reload it and try again.")
+        raise Forbidden(gettext_lazy("The page is out of date (CSRF check failed). Reload it and try again."))
     return _with_shared(named)
 
 

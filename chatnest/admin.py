@@ -11,16 +11,23 @@ from django.contrib import admin
 from django.contrib.admin.views.main import ChangeList
 from django.db import models
 from django.http import HttpRequest
+from django.utils.formats import number_format
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.text import format_lazy
 from django.utils.translation import gettext_lazy as _
+from django.utils.translation import pgettext
 
 from .accounts import SHARED, canonical
 from .conf import provider_names, today
 from .limits import FIELDS, clamp, hard_caps
 from .models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Refusal, Reservation
 from .policy import DailyLimit, Policy
+
+
+def number(value: float) -> str:
+    """As the operator's language writes it, its thousands told apart."""
+    return number_format(value, force_grouping=True)
 
 
 class ProfileForm(forms.ModelForm):
@@ -60,16 +67,20 @@ class ProfileAdmin(admin.ModelAdmin):
 
 
 def _in_force(name: str) -> Any:
-    @admin.display(description=format_lazy(_("{limit} in force"), limit=name.replace("_", " ")))
+    field: Any = Profile._meta.get_field(name)
+
+    @admin.display(description=format_lazy(_("{limit} in force"), limit=field.verbose_name))
     def in_force(self: ProfileAdmin, profile: Profile) -> SafeString | str:
         typed = getattr(profile, name)
         if profile._state.adding:
             return "-"
         value = getattr(clamp(profile.limits, hard_caps()), name)
-        shown = _("not sent") if value is None else f"{value:,}"
+        shown = _("not sent") if value is None else number(value)
         if value == typed:
             return str(shown)
-        return format_html('<strong title="{}">{}</strong>', _("%s was typed, HARD_CAPS allow this") % typed, shown)
+        return format_html(
+            '<strong title="{}">{}</strong>', _("%s was typed, HARD_CAPS allow this") % number(typed), shown
+        )
 
     return in_force
 
@@ -106,7 +117,7 @@ def daily_limit(row: Account, day: date | None = None, policy: Policy | None = N
 
 
 def given(limit: DailyLimit) -> str:
-    return _("%(tokens)s by %(source)s") % {"tokens": f"{limit.given:,}", "source": limit.source or _("no profile")}
+    return _("%(tokens)s by %(source)s") % {"tokens": number(limit.given), "source": limit.source or _("no profile")}
 
 
 class AccountList(ChangeList):
@@ -151,7 +162,9 @@ class AccountAdmin(admin.ModelAdmin):
 
     @admin.display(description=_("state"), ordering="paused")
     def state(self, row: Account) -> SafeString:
-        return format_html("<strong>{}</strong>", _("Paused")) if row.paused else format_html("{}", _("Running"))
+        if row.paused:
+            return format_html("<strong>{}</strong>", pgettext("account", "Paused"))
+        return format_html("{}", pgettext("account", "Running"))
 
     @admin.display(description=_("in force today"))
     def in_force_today(self, row: Account) -> str:
@@ -163,10 +176,10 @@ class AccountAdmin(admin.ModelAdmin):
             return str(_("none: %s is paused") % limit.paused)
         reasons = [given(limit)]
         if row.daily_token_limit is not None and row.daily_token_limit < limit.given:
-            reasons.append(_("lowered to %s") % f"{row.daily_token_limit:,}")
+            reasons.append(_("lowered to %s") % number(row.daily_token_limit))
         if extra := row.extra_on(today()):
-            reasons.append(_("%s more today") % f"{extra:,}")
-        return f"{limit.in_force:,} ({', '.join(map(str, reasons))})"
+            reasons.append(_("%s more today") % number(extra))
+        return f"{number(limit.in_force)} ({', '.join(map(str, reasons))})"
 
 
 class LedgerAdmin(admin.ModelAdmin):

@@ -15,8 +15,9 @@ from django.core.validators import MinValueValidator, RegexValidator
 from django.db import models
 from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
+from django.utils.translation import pgettext_lazy
 
-from .accounts import NAME_RULE, SHARED, canonical, is_name, misnamed
+from .accounts import SHARED, canonical, is_name, misnamed
 from .conf import DEFAULT_PROVIDER, provider_names, settings, today
 from .limits import DEFAULT_MODEL, DEFAULT_PROFILES, FIELDS, Limits
 
@@ -38,16 +39,19 @@ class Profile(models.Model):
         FORCED = "forced", _("Only accounts that force it")
 
     name = models.CharField(
+        _("name"),
         max_length=50,
         unique=True,
         validators=[RegexValidator(r"^[a-z0-9_-]+\Z", _("Use lower-case letters, digits, - and _."))],
         help_text=_("Clients choose constrained, balanced or expanded; other names serve accounts that force them."),
     )
     enabled = models.BooleanField(
+        _("enabled"),
         default=True,
         help_text=_("Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them."),
     )
     audience = models.CharField(
+        _("audience"),
         max_length=10,
         choices=Audience.choices,
         default=Audience.EVERYONE,
@@ -57,11 +61,12 @@ class Profile(models.Model):
         ),
     )
     provider = models.CharField(
-        max_length=100, default=DEFAULT_PROVIDER, help_text=_("One of PROVIDERS in the site's settings.")
+        _("provider"), max_length=100, default=DEFAULT_PROVIDER, help_text=_("One of PROVIDERS in the site's settings.")
     )
-    model = models.CharField(max_length=100, default=DEFAULT_MODEL)
+    model = models.CharField(_("model"), max_length=100, default=DEFAULT_MODEL)
     fallback = models.ForeignKey(
         "self",
+        verbose_name=_("fallback"),
         null=True,
         blank=True,
         on_delete=models.PROTECT,
@@ -72,30 +77,40 @@ class Profile(models.Model):
         ),
     )
     system_prompt = models.TextField(
-        blank=True, help_text=_("Put before every conversation and counted in its tokens.")
+        _("system prompt"), blank=True, help_text=_("Put before every conversation and counted in its tokens.")
     )
     temperature = models.FloatField(
+        _("temperature"),
         null=True,
         blank=True,
         validators=[MinValueValidator(0.0)],
         help_text=_("Empty: not sent to the model."),
     )
     max_output_tokens = models.PositiveIntegerField(
-        validators=[MinValueValidator(1)], help_text=_("The longest answer.")
+        _("max output tokens"), validators=[MinValueValidator(1)], help_text=_("The longest answer.")
     )
     max_messages = models.PositiveIntegerField(
-        validators=[MinValueValidator(1)], help_text=_("How many of the last messages the model sees.")
+        _("max messages"),
+        validators=[MinValueValidator(1)],
+        help_text=_("How many of the last messages the model sees."),
     )
     max_tokens_per_request = models.PositiveIntegerField(
+        _("max tokens per request"),
         validators=[MinValueValidator(1)],
         help_text=_("Prompt and answer together; must be above the longest answer."),
     )
-    daily_token_limit = models.PositiveBigIntegerField(help_text=_("For each payer, each day."))
-    rate_max_requests = models.PositiveIntegerField(help_text=_("Requests of one payer in a rate window."))
-    rate_window_seconds = models.PositiveIntegerField(validators=[MinValueValidator(1)])
-    max_concurrent_streams = models.PositiveIntegerField(help_text=_("Answers being written for one payer at once."))
+    daily_token_limit = models.PositiveBigIntegerField(_("daily token limit"), help_text=_("For each payer, each day."))
+    rate_max_requests = models.PositiveIntegerField(
+        _("rate max requests"), help_text=_("Requests of one payer in a rate window.")
+    )
+    rate_window_seconds = models.PositiveIntegerField(_("rate window seconds"), validators=[MinValueValidator(1)])
+    max_concurrent_streams = models.PositiveIntegerField(
+        _("max concurrent streams"), help_text=_("Answers being written for one payer at once.")
+    )
 
     class Meta:
+        verbose_name = _("profile")
+        verbose_name_plural = _("profiles")
         ordering = ["name"]
 
     def __str__(self) -> str:
@@ -136,7 +151,7 @@ class Profile(models.Model):
 
 def _validate_account_name(name: str) -> None:
     if not is_name(name):
-        raise ValidationError(_("Use %s.") % NAME_RULE)
+        raise ValidationError(_("Use text of 1 to 200 characters, without control characters or space at an end."))
 
 
 class Account(models.Model):
@@ -146,6 +161,7 @@ class Account(models.Model):
     """
 
     name = models.CharField(
+        _("name"),
         max_length=ACCOUNT_LENGTH,
         unique=True,
         validators=[_validate_account_name],
@@ -156,21 +172,29 @@ class Account(models.Model):
     )
     profile = models.ForeignKey(
         Profile,
+        verbose_name=_("profile"),
         null=True,
         blank=True,
         on_delete=models.PROTECT,
         help_text=_("Used whatever the client asks for."),
     )
     daily_token_limit = models.PositiveBigIntegerField(
-        null=True, blank=True, help_text=_("Lowers the limit that is in force without it.")
+        _("daily token limit"), null=True, blank=True, help_text=_("Lowers the limit that is in force without it.")
     )
     extra_tokens = models.PositiveBigIntegerField(
-        null=True, blank=True, help_text=_("More than the limit, for one day. The code's hard caps still apply.")
+        _("extra tokens"),
+        null=True,
+        blank=True,
+        help_text=_("More than the limit, for one day. The code's hard caps still apply."),
     )
-    extra_day = models.DateField(null=True, blank=True, help_text=_("The day of the extra tokens. Empty: today."))
-    paused = models.BooleanField(default=False)
+    extra_day = models.DateField(
+        _("extra day"), null=True, blank=True, help_text=_("The day of the extra tokens. Empty: today.")
+    )
+    paused = models.BooleanField(_("paused"), default=False)
 
     class Meta:
+        verbose_name = _("account")
+        verbose_name_plural = _("accounts")
         ordering = ["name"]
         constraints = [
             models.CheckConstraint(
@@ -237,21 +261,22 @@ class DailyUsageQuerySet(models.QuerySet["DailyUsage"]):
 class DailyUsage(models.Model):
     """One account's tokens on one day. ``tokens_used`` = charges + adjustments."""
 
-    day = models.DateField()
-    account = models.CharField(max_length=ACCOUNT_LENGTH)
-    tokens_used = models.BigIntegerField(default=0)
-    tokens_reserved = models.BigIntegerField(default=0)
-    prompt_tokens = models.BigIntegerField(default=0)
-    completion_tokens = models.BigIntegerField(default=0)
-    requests = models.BigIntegerField(default=0)
+    day = models.DateField(_("day"))
+    account = models.CharField(_("account"), max_length=ACCOUNT_LENGTH)
+    tokens_used = models.BigIntegerField(_("tokens used"), default=0)
+    tokens_reserved = models.BigIntegerField(_("tokens reserved"), default=0)
+    prompt_tokens = models.BigIntegerField(_("prompt tokens"), default=0)
+    completion_tokens = models.BigIntegerField(_("completion tokens"), default=0)
+    requests = models.BigIntegerField(_("requests"), default=0)
     crossed = models.PositiveSmallIntegerField(
-        default=0, help_text=_("The percentage of the limit whose crossing was told: 50, 80 or 100.")
+        _("crossed"), default=0, help_text=_("The percentage of the limit whose crossing was told: 50, 80 or 100.")
     )
 
     objects = DailyUsageQuerySet.as_manager()
 
     class Meta:
-        verbose_name_plural = "daily usage"
+        verbose_name = _("daily usage")
+        verbose_name_plural = _("daily usage")
         ordering = ["-day", "account"]
         constraints = [
             models.UniqueConstraint(fields=["day", "account"], name="chatnest_one_usage_a_day"),
@@ -268,19 +293,21 @@ class DailyUsage(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.account} on {self.day}"
+        return f"{self.account}, {self.day}"
 
 
 class RateWindow(models.Model):
     """How many requests of an account were admitted in one window, which starts at a multiple of its length."""
 
-    day = models.DateField()
-    account = models.CharField(max_length=ACCOUNT_LENGTH)
-    window_start = models.DateTimeField()
-    window_seconds = models.PositiveIntegerField()
-    count = models.PositiveIntegerField(default=0)
+    day = models.DateField(_("day"))
+    account = models.CharField(_("account"), max_length=ACCOUNT_LENGTH)
+    window_start = models.DateTimeField(_("window start"))
+    window_seconds = models.PositiveIntegerField(_("window seconds"))
+    count = models.PositiveIntegerField(_("count"), default=0)
 
     class Meta:
+        verbose_name = _("rate window")
+        verbose_name_plural = _("rate windows")
         constraints = [
             models.UniqueConstraint(
                 # The day is in the key because the day's usage row is the lock that guards the count.
@@ -292,7 +319,7 @@ class RateWindow(models.Model):
         indexes = [models.Index(fields=["day"], name="chatnest_window_day")]
 
     def __str__(self) -> str:
-        return f"{self.account} from {self.window_start:%H:%M:%S}"
+        return f"{self.account}, {self.window_start:%H:%M:%S}"
 
 
 class ReservationQuerySet(models.QuerySet["Reservation"]):
@@ -308,50 +335,56 @@ class Reservation(models.Model):
     """A hold on the tokens of one request, and what became of it. It resolves once."""
 
     class State(models.TextChoices):
-        OPEN = "open"
-        SETTLED = "settled"
-        EXPIRED = "expired"
+        OPEN = "open", pgettext_lazy("reservation", "Open")
+        SETTLED = "settled", pgettext_lazy("reservation", "Settled")
+        EXPIRED = "expired", pgettext_lazy("reservation", "Expired")
 
     class Outcome(models.TextChoices):
-        COMPLETED = "completed"
-        CANCELLED = "cancelled"
-        TIMED_OUT = "timed_out"
-        UPSTREAM_ERROR = "upstream_error"
-        STOPPED = "stopped"
-        EXPIRED = "expired"
+        COMPLETED = "completed", pgettext_lazy("reservation", "Completed")
+        CANCELLED = "cancelled", pgettext_lazy("reservation", "Cancelled")
+        TIMED_OUT = "timed_out", pgettext_lazy("reservation", "Timed out")
+        UPSTREAM_ERROR = "upstream_error", pgettext_lazy("reservation", "Upstream error")
+        STOPPED = "stopped", pgettext_lazy("reservation", "Stopped")
+        EXPIRED = "expired", pgettext_lazy("reservation", "Expired")
 
     class UsageSource(models.TextChoices):
-        REPORTED = "reported"
-        COUNTED = "counted"
-        HELD = "held"
-        NONE = "none"
+        REPORTED = "reported", pgettext_lazy("usage", "Reported")
+        COUNTED = "counted", pgettext_lazy("usage", "Counted")
+        HELD = "held", pgettext_lazy("usage", "Held")
+        NONE = "none", pgettext_lazy("usage", "None")
 
-    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    day = models.DateField()
-    payer = models.CharField(max_length=ACCOUNT_LENGTH)
+    id = models.UUIDField("ID", primary_key=True, default=uuid.uuid4, editable=False)
+    day = models.DateField(_("day"))
+    payer = models.CharField(_("payer"), max_length=ACCOUNT_LENGTH)
     accounts: models.JSONField[list[str], list[str]] = models.JSONField(
-        help_text=_("Every account that is charged, the payer first.")
+        _("accounts"), help_text=_("Every account that is charged, the payer first.")
     )
-    profile = models.CharField(max_length=50)
-    provider = models.CharField(max_length=100, default=DEFAULT_PROVIDER)
-    model = models.CharField(max_length=100)
+    profile = models.CharField(_("profile"), max_length=50)
+    provider = models.CharField(_("provider"), max_length=100, default=DEFAULT_PROVIDER)
+    model = models.CharField(_("model"), max_length=100)
     label = models.CharField(
-        max_length=LABEL_LENGTH, blank=True, default="", help_text=_("Which feature of the site asked.")
+        _("label"), max_length=LABEL_LENGTH, blank=True, default="", help_text=_("Which feature of the site asked.")
     )
-    tokens = models.PositiveBigIntegerField(help_text=_("The hold: the prompt's bound and the answer's allowance."))
-    state = models.CharField(max_length=10, choices=State.choices, default=State.OPEN)
-    outcome = models.CharField(max_length=20, choices=Outcome.choices, blank=True, default="")
-    usage_source = models.CharField(max_length=10, choices=UsageSource.choices, default=UsageSource.NONE)
-    prompt_tokens = models.PositiveBigIntegerField(default=0)
-    completion_tokens = models.PositiveBigIntegerField(default=0)
-    tokens_charged = models.PositiveBigIntegerField(default=0)
-    created_at = models.DateTimeField()
-    expires_at = models.DateTimeField()
-    settled_at = models.DateTimeField(null=True, blank=True)
+    tokens = models.PositiveBigIntegerField(
+        _("tokens"), help_text=_("The hold: the prompt's bound and the answer's allowance.")
+    )
+    state = models.CharField(_("state"), max_length=10, choices=State.choices, default=State.OPEN)
+    outcome = models.CharField(_("outcome"), max_length=20, choices=Outcome.choices, blank=True, default="")
+    usage_source = models.CharField(
+        _("usage source"), max_length=10, choices=UsageSource.choices, default=UsageSource.NONE
+    )
+    prompt_tokens = models.PositiveBigIntegerField(_("prompt tokens"), default=0)
+    completion_tokens = models.PositiveBigIntegerField(_("completion tokens"), default=0)
+    tokens_charged = models.PositiveBigIntegerField(_("tokens charged"), default=0)
+    created_at = models.DateTimeField(_("created at"))
+    expires_at = models.DateTimeField(_("expires at"))
+    settled_at = models.DateTimeField(_("settled at"), null=True, blank=True)
 
     objects = ReservationQuerySet.as_manager()
 
     class Meta:
+        verbose_name = _("reservation")
+        verbose_name_plural = _("reservations")
         ordering = ["-created_at"]
         constraints = [
             models.CheckConstraint(condition=Q(state__in=["open", "settled", "expired"]), name="chatnest_known_state"),
@@ -380,52 +413,61 @@ class Reservation(models.Model):
 class Refusal(models.Model):
     """How often an account was refused on a day, and why. Summed in memory and written now and then: not exact."""
 
-    day = models.DateField()
-    account = models.CharField(max_length=ACCOUNT_LENGTH)
-    code = models.CharField(max_length=50)
-    count = models.PositiveBigIntegerField(default=0)
-    last_at = models.DateTimeField()
-    last_detail = models.CharField(max_length=200, blank=True, default="")
+    day = models.DateField(_("day"))
+    account = models.CharField(_("account"), max_length=ACCOUNT_LENGTH)
+    code = models.CharField(_("code"), max_length=50)
+    count = models.PositiveBigIntegerField(_("count"), default=0)
+    last_at = models.DateTimeField(_("last at"))
+    last_detail = models.CharField(_("last detail"), max_length=200, blank=True, default="")
 
     class Meta:
+        verbose_name = _("refusal")
+        verbose_name_plural = _("refusals")
         ordering = ["-last_at"]
         constraints = [
             models.UniqueConstraint(fields=["day", "account", "code"], name="chatnest_one_refusal_a_day_and_code")
         ]
 
     def __str__(self) -> str:
-        return f"{self.account} on {self.day}: {self.code}"
+        return f"{self.account}, {self.day}: {self.code}"
 
 
 class Calibration(models.Model):
     """What the reports of one model have taught about it. To forget it, delete the row."""
 
-    provider = models.CharField(max_length=100)
-    model = models.CharField(max_length=100)
+    provider = models.CharField(_("provider"), max_length=100)
+    model = models.CharField(_("model"), max_length=100)
     reports = models.PositiveBigIntegerField(
-        default=0, help_text=_("Answers, read to their end, whose usage was reported.")
+        _("reports"), default=0, help_text=_("Answers, read to their end, whose usage was reported.")
     )
     prompt_excess = models.PositiveBigIntegerField(
-        default=0, help_text=_("The most tokens by which a reported prompt exceeded its bound: later holds add them.")
+        _("prompt excess"),
+        default=0,
+        help_text=_("The most tokens by which a reported prompt exceeded its bound: later holds add them."),
     )
     completion_excess = models.PositiveBigIntegerField(
-        default=0, help_text=_("The most tokens by which a reported answer exceeded what was counted of it.")
+        _("completion excess"),
+        default=0,
+        help_text=_("The most tokens by which a reported answer exceeded what was counted of it."),
     )
     reasons_unseen = models.BooleanField(
+        _("reasons unseen"),
         default=False,
         help_text=_("A report named reasoning that was not received: without a report, the whole hold is charged."),
     )
     ignores_max_tokens = models.BooleanField(
-        default=False, help_text=_("An answer was longer than it was allowed to be.")
+        _("ignores max tokens"), default=False, help_text=_("An answer was longer than it was allowed to be.")
     )
-    updated_at = models.DateTimeField()
+    updated_at = models.DateTimeField(_("updated at"))
 
     class Meta:
+        verbose_name = _("calibration")
+        verbose_name_plural = _("calibrations")
         ordering = ["provider", "model"]
         constraints = [models.UniqueConstraint(fields=["provider", "model"], name="chatnest_one_calibration_a_model")]
 
     def __str__(self) -> str:
-        return f"{self.model} of {self.provider}"
+        return f"{self.provider}: {self.model}"
 
     @property
     def bills_what_it_shows(self) -> bool:
@@ -437,20 +479,24 @@ class Adjustment(models.Model):
     """A correction of one account's day, beside the charges. What it means is its kind; the reason is for people."""
 
     class Kind(models.TextChoices):
-        FORGIVEN = "forgiven"  # an operator's reset
-        LATE = "late"  # a settlement after its hold was charged
-        PRUNED = "pruned"  # stands for the account's deleted rows of the day
-        GRANTED = "granted"  # an operator's gift for the day
+        FORGIVEN = "forgiven", pgettext_lazy("adjustment", "Forgiven")  # an operator's reset
+        LATE = "late", pgettext_lazy("adjustment", "Late")  # a settlement after its hold was charged
+        PRUNED = "pruned", pgettext_lazy("adjustment", "Pruned")  # stands for the account's deleted rows of the day
+        GRANTED = "granted", pgettext_lazy("adjustment", "Granted")  # an operator's gift for the day
 
-    day = models.DateField()
-    account = models.CharField(max_length=ACCOUNT_LENGTH)
-    tokens = models.BigIntegerField()
-    kind = models.CharField(max_length=10, choices=Kind.choices)
-    reason = models.CharField(max_length=200, blank=True)
-    actor = models.CharField(max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself."))
-    created_at = models.DateTimeField()
+    day = models.DateField(_("day"))
+    account = models.CharField(_("account"), max_length=ACCOUNT_LENGTH)
+    tokens = models.BigIntegerField(_("tokens"))
+    kind = models.CharField(_("kind"), max_length=10, choices=Kind.choices)
+    reason = models.CharField(_("reason"), max_length=200, blank=True)
+    actor = models.CharField(
+        _("actor"), max_length=200, blank=True, help_text=_("Who did it; empty for chatnest itself.")
+    )
+    created_at = models.DateTimeField(_("created at"))
 
     class Meta:
+        verbose_name = _("adjustment")
+        verbose_name_plural = _("adjustments")
         ordering = ["-created_at"]
         constraints = [
             models.CheckConstraint(
@@ -460,4 +506,4 @@ class Adjustment(models.Model):
         indexes = [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")]
 
     def __str__(self) -> str:
-        return f"{self.tokens:+} for {self.account} on {self.day}"
+        return f"{self.account}, {self.day}: {self.tokens:+}"

@@ -23,6 +23,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
 
+from django.utils.translation import get_language, override
+
 from .conf import provider, settings
 from .deadlines import GRACE_SECONDS, Deadlines, Enough
 from .errors import ChatError, InternalError, Paused, Restarting, UpstreamError
@@ -99,6 +101,7 @@ class Chat:
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(self._loop)
         self._deadlines = Deadlines(self._loop, self._frames)
+        self._language = get_language()  # a middleware may take it back before the end
         self._pump: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[object] | None = None
         self._call: Call | None = None
@@ -325,7 +328,8 @@ class Chat:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
             await batcher.settled(self._conclude(self._outcome(problem)))
-            self._frames.write(chatnest.error(problem))
+            with override(self._language):
+                self._frames.write(chatnest.error(problem))
 
     def _outcome(self, problem: ChatError) -> Reservation.Outcome:
         if problem is not self._why:

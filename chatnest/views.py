@@ -14,6 +14,9 @@ from django.core.handlers.asgi import ASGIRequest
 from django.db import InterfaceError, OperationalError, connections, transaction
 from django.http import HttpRequest, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
+from django.utils.functional import lazy
+from django.utils.text import format_lazy, get_text_list
+from django.utils.translation import gettext_lazy as _
 from django.views.decorators.csrf import csrf_exempt
 
 from . import ledger
@@ -81,7 +84,9 @@ def endpoint(*methods: str) -> Callable[[View], View]:
         async def answer(request: HttpRequest) -> HttpResponseBase:
             try:
                 if request.method not in methods:
-                    raise MethodNotAllowed(f"Use {' or '.join(methods)}.")
+                    raise MethodNotAllowed(
+                        format_lazy(_("Use {methods}."), methods=lazy(get_text_list, str)([*methods]))
+                    )
                 return await view(request)
             except ChatError as problem:
                 response = chatnest.refusal(problem)
@@ -166,7 +171,7 @@ def read_body(request: HttpRequest) -> bytes:
     if request.content_type != "application/json":
         raise UnsupportedMediaType()
     limit = settings.MAX_BODY_BYTES
-    too_large = BodyTooLarge(f"The request body may have at most {limit} bytes.")
+    too_large = BodyTooLarge(format_lazy(_("The request body may have at most {limit} bytes."), limit=limit))
     declared = request.META.get("CONTENT_LENGTH") or ""
     if declared.isdigit() and int(declared) > limit:
         raise too_large

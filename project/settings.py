@@ -32,6 +32,7 @@ INSTALLED_APPS = [
 MIDDLEWARE = [
     "chatnest.asgi.middleware.SecurityMiddleware",
     "chatnest.asgi.middleware.SessionMiddleware",
+    "chatnest.asgi.middleware.LocaleMiddleware",
     "chatnest.asgi.middleware.CommonMiddleware",
     "chatnest.asgi.middleware.CsrfViewMiddleware",
     "chatnest.asgi.middleware.AuthenticationMiddleware",
@@ -65,6 +66,7 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 
 LANGUAGE_CODE = "en-us"
+LANGUAGES = [("de", "Deutsch"), ("en", "English"), ("es", "Español"), ("fr", "Français")]  # that chatnest speaks
 TIME_ZONE = "UTC"
 USE_I18N = True
 USE_TZ = True

@@ -144,7 +144,7 @@ def test_a_site_that_compresses_its_pages_still_streams(upstream: FakeUpstream, 
             upstream.release()
             assert dict(stream.rest())["done"] == ""
         page = Client(port_of(server), accept_encoding="gzip").request("HEAD", "/")
-        assert (page.status, page.headers["vary"]) == (200, "Cookie, Accept-Encoding")
+        assert (page.status, page.headers["vary"]) == (200, "Cookie, Accept-Language, Accept-Encoding")
 
 
 @on_sqlite

@@ -17,7 +17,7 @@ from django.contrib.messages.storage import default_storage
 from django.contrib.sessions import middleware as sessions
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
-from django.middleware import clickjacking, common, csrf, security
+from django.middleware import clickjacking, common, csrf, locale, security
 from django.utils.deprecation import MiddlewareMixin
 from django.utils.functional import SimpleLazyObject, empty
 
@@ -43,6 +43,10 @@ class OnLoop(MiddlewareMixin):
 
 
 class SecurityMiddleware(OnLoop, security.SecurityMiddleware):
+    pass
+
+
+class LocaleMiddleware(OnLoop, locale.LocaleMiddleware):
     pass
 
 

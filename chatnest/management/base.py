@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from datetime import date
 from typing import Any, Final
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, no_translations
 from django.db import Error, IntegrityError
 from django.db.models import Case, QuerySet, When
 
@@ -27,6 +27,7 @@ class OperatorCommand(BaseCommand):
     def run(self, *args: Any, **options: Any) -> None:
         raise NotImplementedError
 
+    @no_translations
     def handle(self, *args: Any, **options: Any) -> None:
         self.verbosity = options["verbosity"]
         try:

@@ -30,6 +30,7 @@ class Migration(migrations.Migration):
                                 "^[a-z0-9_-]+\\Z", "Use lower-case letters, digits, - and _."
                             )
                         ],
+                        verbose_name="name",
                     ),
                 ),
                 (
@@ -37,6 +38,7 @@ class Migration(migrations.Migration):
                     models.BooleanField(
                         default=True,
                         help_text="Off: clients that ask for it get balanced; with balanced off too, the chat is paused for them.",
+                        verbose_name="enabled",
                     ),
                 ),
                 (
@@ -50,15 +52,19 @@ class Migration(migrations.Migration):
                         default="everyone",
                         help_text="Who may choose it. Others get the next smaller one that they may choose, of expanded, balanced and constrained. Accounts that force it have it in any case.",
                         max_length=10,
+                        verbose_name="audience",
                     ),
                 ),
                 (
                     "provider",
                     models.CharField(
-                        default="default", help_text="One of PROVIDERS in the site's settings.", max_length=100
+                        default="default",
+                        help_text="One of PROVIDERS in the site's settings.",
+                        max_length=100,
+                        verbose_name="provider",
                     ),
                 ),
-                ("model", models.CharField(default="gpt-4o-mini", max_length=100)),
+                ("model", models.CharField(default="gpt-4o-mini", max_length=100, verbose_name="model")),
                 (
                     "fallback",
                     models.ForeignKey(
@@ -68,11 +74,16 @@ class Migration(migrations.Migration):
                         on_delete=models.deletion.PROTECT,
                         related_name="+",
                         to="chatnest.profile",
+                        verbose_name="fallback",
                     ),
                 ),
                 (
                     "system_prompt",
-                    models.TextField(blank=True, help_text="Put before every conversation and counted in its tokens."),
+                    models.TextField(
+                        blank=True,
+                        help_text="Put before every conversation and counted in its tokens.",
+                        verbose_name="system prompt",
+                    ),
                 ),
                 (
                     "temperature",
@@ -81,12 +92,15 @@ class Migration(migrations.Migration):
                         help_text="Empty: not sent to the model.",
                         null=True,
                         validators=[django.core.validators.MinValueValidator(0.0)],
+                        verbose_name="temperature",
                     ),
                 ),
                 (
                     "max_output_tokens",
                     models.PositiveIntegerField(
-                        help_text="The longest answer.", validators=[django.core.validators.MinValueValidator(1)]
+                        help_text="The longest answer.",
+                        validators=[django.core.validators.MinValueValidator(1)],
+                        verbose_name="max output tokens",
                     ),
                 ),
                 (
@@ -94,6 +108,7 @@ class Migration(migrations.Migration):
                     models.PositiveIntegerField(
                         help_text="How many of the last messages the model sees.",
                         validators=[django.core.validators.MinValueValidator(1)],
+                        verbose_name="max messages",
                     ),
                 ),
                 (
@@ -101,20 +116,37 @@ class Migration(migrations.Migration):
                     models.PositiveIntegerField(
                         help_text="Prompt and answer together; must be above the longest answer.",
                         validators=[django.core.validators.MinValueValidator(1)],
+                        verbose_name="max tokens per request",
                     ),
                 ),
-                ("daily_token_limit", models.PositiveBigIntegerField(help_text="For each payer, each day.")),
-                ("rate_max_requests", models.PositiveIntegerField(help_text="Requests of one payer in a rate window.")),
+                (
+                    "daily_token_limit",
+                    models.PositiveBigIntegerField(
+                        help_text="For each payer, each day.", verbose_name="daily token limit"
+                    ),
+                ),
+                (
+                    "rate_max_requests",
+                    models.PositiveIntegerField(
+                        help_text="Requests of one payer in a rate window.", verbose_name="rate max requests"
+                    ),
+                ),
                 (
                     "rate_window_seconds",
-                    models.PositiveIntegerField(validators=[django.core.validators.MinValueValidator(1)]),
+                    models.PositiveIntegerField(
+                        validators=[django.core.validators.MinValueValidator(1)], verbose_name="rate window seconds"
+                    ),
                 ),
                 (
                     "max_concurrent_streams",
-                    models.PositiveIntegerField(help_text="Answers being written for one payer at once."),
+                    models.PositiveIntegerField(
+                        help_text="Answers being written for one payer at once.", verbose_name="max concurrent streams"
+                    ),
                 ),
             ],
             options={
+                "verbose_name": "profile",
+                "verbose_name_plural": "profiles",
                 "ordering": ["name"],
             },
         ),
@@ -122,9 +154,9 @@ class Migration(migrations.Migration):
             name="Adjustment",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("day", models.DateField()),
-                ("account", models.CharField(max_length=200)),
-                ("tokens", models.BigIntegerField()),
+                ("day", models.DateField(verbose_name="day")),
+                ("account", models.CharField(max_length=200, verbose_name="account")),
+                ("tokens", models.BigIntegerField(verbose_name="tokens")),
                 (
                     "kind",
                     models.CharField(
@@ -135,16 +167,24 @@ class Migration(migrations.Migration):
                             ("granted", "Granted"),
                         ],
                         max_length=10,
+                        verbose_name="kind",
                     ),
                 ),
-                ("reason", models.CharField(blank=True, max_length=200)),
+                ("reason", models.CharField(blank=True, max_length=200, verbose_name="reason")),
                 (
                     "actor",
-                    models.CharField(blank=True, help_text="Who did it; empty for chatnest itself.", max_length=200),
+                    models.CharField(
+                        blank=True,
+                        help_text="Who did it; empty for chatnest itself.",
+                        max_length=200,
+                        verbose_name="actor",
+                    ),
                 ),
-                ("created_at", models.DateTimeField()),
+                ("created_at", models.DateTimeField(verbose_name="created at")),
             ],
             options={
+                "verbose_name": "adjustment",
+                "verbose_name_plural": "adjustments",
                 "ordering": ["-created_at"],
                 "indexes": [models.Index(fields=["day", "account"], name="chatnest_adjustment_day")],
                 "constraints": [
@@ -159,12 +199,14 @@ class Migration(migrations.Migration):
             name="Calibration",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("provider", models.CharField(max_length=100)),
-                ("model", models.CharField(max_length=100)),
+                ("provider", models.CharField(max_length=100, verbose_name="provider")),
+                ("model", models.CharField(max_length=100, verbose_name="model")),
                 (
                     "reports",
                     models.PositiveBigIntegerField(
-                        default=0, help_text="Answers, read to their end, whose usage was reported."
+                        default=0,
+                        help_text="Answers, read to their end, whose usage was reported.",
+                        verbose_name="reports",
                     ),
                 ),
                 (
@@ -172,6 +214,7 @@ class Migration(migrations.Migration):
                     models.PositiveBigIntegerField(
                         default=0,
                         help_text="The most tokens by which a reported prompt exceeded its bound: later holds add them.",
+                        verbose_name="prompt excess",
                     ),
                 ),
                 (
@@ -179,6 +222,7 @@ class Migration(migrations.Migration):
                     models.PositiveBigIntegerField(
                         default=0,
                         help_text="The most tokens by which a reported answer exceeded what was counted of it.",
+                        verbose_name="completion excess",
                     ),
                 ),
                 (
@@ -186,15 +230,22 @@ class Migration(migrations.Migration):
                     models.BooleanField(
                         default=False,
                         help_text="A report named reasoning that was not received: without a report, the whole hold is charged.",
+                        verbose_name="reasons unseen",
                     ),
                 ),
                 (
                     "ignores_max_tokens",
-                    models.BooleanField(default=False, help_text="An answer was longer than it was allowed to be."),
+                    models.BooleanField(
+                        default=False,
+                        help_text="An answer was longer than it was allowed to be.",
+                        verbose_name="ignores max tokens",
+                    ),
                 ),
-                ("updated_at", models.DateTimeField()),
+                ("updated_at", models.DateTimeField(verbose_name="updated at")),
             ],
             options={
+                "verbose_name": "calibration",
+                "verbose_name_plural": "calibrations",
                 "ordering": ["provider", "model"],
                 "constraints": [
                     models.UniqueConstraint(fields=("provider", "model"), name="chatnest_one_calibration_a_model")
@@ -205,21 +256,24 @@ class Migration(migrations.Migration):
             name="DailyUsage",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("day", models.DateField()),
-                ("account", models.CharField(max_length=200)),
-                ("tokens_used", models.BigIntegerField(default=0)),
-                ("tokens_reserved", models.BigIntegerField(default=0)),
-                ("prompt_tokens", models.BigIntegerField(default=0)),
-                ("completion_tokens", models.BigIntegerField(default=0)),
-                ("requests", models.BigIntegerField(default=0)),
+                ("day", models.DateField(verbose_name="day")),
+                ("account", models.CharField(max_length=200, verbose_name="account")),
+                ("tokens_used", models.BigIntegerField(default=0, verbose_name="tokens used")),
+                ("tokens_reserved", models.BigIntegerField(default=0, verbose_name="tokens reserved")),
+                ("prompt_tokens", models.BigIntegerField(default=0, verbose_name="prompt tokens")),
+                ("completion_tokens", models.BigIntegerField(default=0, verbose_name="completion tokens")),
+                ("requests", models.BigIntegerField(default=0, verbose_name="requests")),
                 (
                     "crossed",
                     models.PositiveSmallIntegerField(
-                        default=0, help_text="The percentage of the limit whose crossing was told: 50, 80 or 100."
+                        default=0,
+                        help_text="The percentage of the limit whose crossing was told: 50, 80 or 100.",
+                        verbose_name="crossed",
                     ),
                 ),
             ],
             options={
+                "verbose_name": "daily usage",
                 "verbose_name_plural": "daily usage",
                 "ordering": ["-day", "account"],
                 "constraints": [
@@ -241,13 +295,15 @@ class Migration(migrations.Migration):
             name="RateWindow",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("day", models.DateField()),
-                ("account", models.CharField(max_length=200)),
-                ("window_start", models.DateTimeField()),
-                ("window_seconds", models.PositiveIntegerField()),
-                ("count", models.PositiveIntegerField(default=0)),
+                ("day", models.DateField(verbose_name="day")),
+                ("account", models.CharField(max_length=200, verbose_name="account")),
+                ("window_start", models.DateTimeField(verbose_name="window start")),
+                ("window_seconds", models.PositiveIntegerField(verbose_name="window seconds")),
+                ("count", models.PositiveIntegerField(default=0, verbose_name="count")),
             ],
             options={
+                "verbose_name": "rate window",
+                "verbose_name_plural": "rate windows",
                 "indexes": [models.Index(fields=["day"], name="chatnest_window_day")],
                 "constraints": [
                     models.UniqueConstraint(
@@ -263,14 +319,16 @@ class Migration(migrations.Migration):
             name="Refusal",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("day", models.DateField()),
-                ("account", models.CharField(max_length=200)),
-                ("code", models.CharField(max_length=50)),
-                ("count", models.PositiveBigIntegerField(default=0)),
-                ("last_at", models.DateTimeField()),
-                ("last_detail", models.CharField(blank=True, default="", max_length=200)),
+                ("day", models.DateField(verbose_name="day")),
+                ("account", models.CharField(max_length=200, verbose_name="account")),
+                ("code", models.CharField(max_length=50, verbose_name="code")),
+                ("count", models.PositiveBigIntegerField(default=0, verbose_name="count")),
+                ("last_at", models.DateTimeField(verbose_name="last at")),
+                ("last_detail", models.CharField(blank=True, default="", max_length=200, verbose_name="last detail")),
             ],
             options={
+                "verbose_name": "refusal",
+                "verbose_name_plural": "refusals",
                 "ordering": ["-last_at"],
                 "constraints": [
                     models.UniqueConstraint(
@@ -282,23 +340,37 @@ class Migration(migrations.Migration):
         migrations.CreateModel(
             name="Reservation",
             fields=[
-                ("id", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ("day", models.DateField()),
-                ("payer", models.CharField(max_length=200)),
-                ("accounts", models.JSONField(help_text="Every account that is charged, the payer first.")),
-                ("profile", models.CharField(max_length=50)),
-                ("provider", models.CharField(default="default", max_length=100)),
-                ("model", models.CharField(max_length=100)),
+                (
+                    "id",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("day", models.DateField(verbose_name="day")),
+                ("payer", models.CharField(max_length=200, verbose_name="payer")),
+                (
+                    "accounts",
+                    models.JSONField(
+                        help_text="Every account that is charged, the payer first.", verbose_name="accounts"
+                    ),
+                ),
+                ("profile", models.CharField(max_length=50, verbose_name="profile")),
+                ("provider", models.CharField(default="default", max_length=100, verbose_name="provider")),
+                ("model", models.CharField(max_length=100, verbose_name="model")),
                 (
                     "label",
                     models.CharField(
-                        blank=True, default="", help_text="Which feature of the site asked.", max_length=100
+                        blank=True,
+                        default="",
+                        help_text="Which feature of the site asked.",
+                        max_length=100,
+                        verbose_name="label",
                     ),
                 ),
                 (
                     "tokens",
                     models.PositiveBigIntegerField(
-                        help_text="The hold: the prompt's bound and the answer's allowance."
+                        help_text="The hold: the prompt's bound and the answer's allowance.", verbose_name="tokens"
                     ),
                 ),
                 (
@@ -307,6 +379,7 @@ class Migration(migrations.Migration):
                         choices=[("open", "Open"), ("settled", "Settled"), ("expired", "Expired")],
                         default="open",
                         max_length=10,
+                        verbose_name="state",
                     ),
                 ),
                 (
@@ -316,13 +389,14 @@ class Migration(migrations.Migration):
                         choices=[
                             ("completed", "Completed"),
                             ("cancelled", "Cancelled"),
-                            ("timed_out", "Timed Out"),
-                            ("upstream_error", "Upstream Error"),
+                            ("timed_out", "Timed out"),
+                            ("upstream_error", "Upstream error"),
                             ("stopped", "Stopped"),
                             ("expired", "Expired"),
                         ],
                         default="",
                         max_length=20,
+                        verbose_name="outcome",
                     ),
                 ),
                 (
@@ -331,16 +405,19 @@ class Migration(migrations.Migration):
                         choices=[("reported", "Reported"), ("counted", "Counted"), ("held", "Held"), ("none", "None")],
                         default="none",
                         max_length=10,
+                        verbose_name="usage source",
                     ),
                 ),
-                ("prompt_tokens", models.PositiveBigIntegerField(default=0)),
-                ("completion_tokens", models.PositiveBigIntegerField(default=0)),
-                ("tokens_charged", models.PositiveBigIntegerField(default=0)),
-                ("created_at", models.DateTimeField()),
-                ("expires_at", models.DateTimeField()),
-                ("settled_at", models.DateTimeField(blank=True, null=True)),
+                ("prompt_tokens", models.PositiveBigIntegerField(default=0, verbose_name="prompt tokens")),
+                ("completion_tokens", models.PositiveBigIntegerField(default=0, verbose_name="completion tokens")),
+                ("tokens_charged", models.PositiveBigIntegerField(default=0, verbose_name="tokens charged")),
+                ("created_at", models.DateTimeField(verbose_name="created at")),
+                ("expires_at", models.DateTimeField(verbose_name="expires at")),
+                ("settled_at", models.DateTimeField(blank=True, null=True, verbose_name="settled at")),
             ],
             options={
+                "verbose_name": "reservation",
+                "verbose_name_plural": "reservations",
                 "ordering": ["-created_at"],
                 "indexes": [
                     models.Index(
@@ -388,12 +465,16 @@ class Migration(migrations.Migration):
                         max_length=200,
                         unique=True,
                         validators=[chatnest.models._validate_account_name],
+                        verbose_name="name",
                     ),
                 ),
                 (
                     "daily_token_limit",
                     models.PositiveBigIntegerField(
-                        blank=True, help_text="Lowers the limit that is in force without it.", null=True
+                        blank=True,
+                        help_text="Lowers the limit that is in force without it.",
+                        null=True,
+                        verbose_name="daily token limit",
                     ),
                 ),
                 (
@@ -402,13 +483,19 @@ class Migration(migrations.Migration):
                         blank=True,
                         help_text="More than the limit, for one day. The code's hard caps still apply.",
                         null=True,
+                        verbose_name="extra tokens",
                     ),
                 ),
                 (
                     "extra_day",
-                    models.DateField(blank=True, help_text="The day of the extra tokens. Empty: today.", null=True),
+                    models.DateField(
+                        blank=True,
+                        help_text="The day of the extra tokens. Empty: today.",
+                        null=True,
+                        verbose_name="extra day",
+                    ),
                 ),
-                ("paused", models.BooleanField(default=False)),
+                ("paused", models.BooleanField(default=False, verbose_name="paused")),
                 (
                     "profile",
                     models.ForeignKey(
@@ -417,10 +504,13 @@ class Migration(migrations.Migration):
                         null=True,
                         on_delete=django.db.models.deletion.PROTECT,
                         to="chatnest.profile",
+                        verbose_name="profile",
                     ),
                 ),
             ],
             options={
+                "verbose_name": "account",
+                "verbose_name_plural": "accounts",
                 "ordering": ["name"],
                 "constraints": [
                     models.CheckConstraint(

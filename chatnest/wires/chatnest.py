@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import msgspec
 from django.http import HttpResponse
+from django.utils.text import format_lazy
+from django.utils.translation import gettext_lazy as _
 
 from ..conf import is_number, settings
 from ..errors import ChatError, InvalidMessages, InvalidRequest
@@ -45,7 +47,7 @@ def parse(body: bytes) -> ChatRequest:
     if not isinstance(typed.messages, list):
         raise InvalidMessages()
     if not 1 <= len(typed.messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"messages must have 1 to {MAX_MESSAGES} items.")
+        raise InvalidRequest(format_lazy(_("messages must have 1 to {most} items."), most=MAX_MESSAGES))
     return ChatRequest(
         messages=tuple(_message(f"messages[{i}]", item) for i, item in enumerate(typed.messages)),
         profile=profile_name(typed.profile if typed.profile is not None else typed.aiUsageProfile),
@@ -60,11 +62,13 @@ def _json(body: bytes) -> _Body:
         escaped = b"\\" in body and (b"\\ud" in body or b"\\uD" in body)  # the first of them is soon told
         return _decode(_mended(text)) if escaped else _decode(body)
     except msgspec.ValidationError as error:
-        _, inside, field = str(error).partition(" - at `$.")
-        rule = f"{field.rstrip('`')} holds a number that is out of range."  # 1e400: no float can hold it
-        raise InvalidRequest(rule if inside else "The request body must be a JSON object.") from None
+        _said, inside, field = str(error).partition(" - at `$.")
+        if not inside:
+            raise InvalidRequest(_("The request body must be a JSON object.")) from None
+        rule = _("{field} holds a number that is out of range.")  # 1e400: no float can hold it
+        raise InvalidRequest(format_lazy(rule, field=field.rstrip("`"))) from None
     except (ValueError, RecursionError):
-        raise InvalidRequest("The request body must be valid JSON in UTF-8, without NaN or Infinity.") from None
+        raise InvalidRequest(_("The request body must be valid JSON in UTF-8, without NaN or Infinity.")) from None
 
 
 def _mended(text: str) -> str:
@@ -80,15 +84,17 @@ _ESCAPED: Final = re.compile(
 
 def _message(where: str, item: object) -> Message:
     if not isinstance(item, dict):
-        raise InvalidRequest(f"{where} must be an object with role and content.")
+        raise InvalidRequest(format_lazy(_("{field} must be an object with role and content."), field=where))
     role, content = item.get("role"), item.get("content")
     roles = ("user", "assistant", "system") if settings.CLIENT_SYSTEM_MESSAGES else ("user", "assistant")
     if not isinstance(role, str) or role not in roles:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(roles)}.")
+        raise InvalidRequest(
+            format_lazy(_("{field} must be one of {values}."), field=f"{where}.role", values=", ".join(roles))
+        )
     if not isinstance(content, str):
-        raise InvalidRequest(f"{where}.content must be a string.")
+        raise InvalidRequest(format_lazy(_("{field} must be a string."), field=f"{where}.content"))
     if "\0" in content:
-        raise InvalidRequest(f"{where}.content must not contain the NUL character.")
+        raise InvalidRequest(format_lazy(_("{field} must not contain the NUL character."), field=f"{where}.content"))
     return Message(role=role, content=content)  # type: ignore[arg-type]
 
 
@@ -96,7 +102,7 @@ def _limit(name: str, value: object) -> int | None:
     if value is None:
         return None
     if not is_number(value) or not 0 < value < 2**63:  # type: ignore[operator]
-        raise InvalidRequest(f"{name} must be a number above 0 and below 2^63.")
+        raise InvalidRequest(format_lazy(_("{field} must be a number above 0 and below 2^63."), field=name))
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
@@ -150,7 +156,7 @@ def refusal(problem: ChatError) -> HttpResponse:
 
 
 def _problem(key: str, problem: ChatError) -> dict[str, object]:
-    said: dict[str, object] = {key: problem.message, "code": problem.code, "retryable": problem.retryable}
+    said: dict[str, object] = {key: str(problem.message), "code": problem.code, "retryable": problem.retryable}
     if problem.retry_after is not None:
         said["retryAfter"] = problem.retry_after
     return said

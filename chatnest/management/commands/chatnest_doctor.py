@@ -88,7 +88,7 @@ class Command(OperatorCommand):
         try:
             seconds, problem = asyncio.run(_chat(profile))
         except ChatError as refusal:
-            return self._failed(refusal.message, refusal.detail)
+            return self._failed(str(refusal), refusal.detail)
         finally:
             logger.removeHandler(words)
             logger.propagate = propagates

@@ -2,16 +2,19 @@
 
 import { frames } from "./sse.js";
 
+// gettext, ngettext and interpolate are Django's, of the JavaScriptCatalog that the page loads first.
+
 const { chatUrl, usageUrl, loginUrl, csrfToken } = document.body.dataset;
+const language = document.documentElement.lang;
 const byId = (id) => document.getElementById(id);
 const messages = byId("messages");
 const form = byId("composer");
 const prompt = byId("prompt");
 const profile = byId("profile");
 
-const CUT = "The connection was lost before the answer was complete.";
-const UNREACHABLE = "The server cannot be reached. Please check your connection and try again.";
-const GARBLED = "The server sent something this page does not understand.";
+const CUT = gettext("The connection was lost before the answer was complete.");
+const UNREACHABLE = gettext("The server cannot be reached. Please check your connection and try again.");
+const GARBLED = gettext("The server sent something this page does not understand.");
 
 const history = []; // { id, role, content }: what the next question is sent with
 let count = 0;
@@ -41,8 +44,8 @@ async function call(url, options) {
 
 async function refusal(response) {
   const body = (await response.json().catch(() => null)) ?? {};
-  const message = body.error || `The server refused the request (status ${response.status}). Please reload the page.`;
-  return new Failure(message, body);
+  const unsaid = gettext("The server refused the request (status %s). Please reload the page.");
+  return new Failure(body.error || interpolate(unsaid, [response.status]), body);
 }
 
 /** Asks, and yields the pieces of the answer; returns only if it is complete. */
@@ -113,7 +116,7 @@ function turn(role, content) {
 }
 
 function stopped(question, reply, bubble) {
-  mark(bubble, "stopped");
+  mark(bubble, "stopped", gettext("stopped"));
   history.push(question);
   if (reply.content) history.push(reply);
 }
@@ -121,13 +124,13 @@ function stopped(question, reply, bubble) {
 function broken(error, question, reply, asked, bubble) {
   showError(error);
   if (reply.content) {
-    mark(bubble, "incomplete");
+    mark(bubble, "incomplete", gettext("incomplete"));
     history.push(question);
     return;
   }
   // Nothing was answered: the question goes back to be sent again, and stays out of the history.
   bubble.remove();
-  mark(asked, "unsent", "not answered");
+  mark(asked, "unsent", gettext("not answered"));
   if (!prompt.value) prompt.value = question.content;
   fit();
 }
@@ -137,7 +140,7 @@ function broken(error, question, reply, asked, bubble) {
 function addBubble(role, text) {
   const bubble = document.createElement("article");
   bubble.className = `message ${role}`;
-  bubble.setAttribute("aria-label", role === "user" ? "You" : "Answer");
+  bubble.setAttribute("aria-label", role === "user" ? gettext("You") : gettext("Answer"));
   const body = document.createElement("p");
   body.append(text);
   bubble.append(body);
@@ -158,7 +161,7 @@ function write(bubble, piece) {
   keepingEnd(() => bubble.firstChild.append(piece));
 }
 
-function mark(bubble, state, label = state) {
+function mark(bubble, state, label) {
   const note = document.createElement("small");
   note.textContent = label;
   bubble.classList.add(state);
@@ -185,7 +188,9 @@ function showError(error) {
   const known = error instanceof Failure;
   if (!known) console.error(error);
   const parts = [known ? error.message : GARBLED];
-  if (error.retryAfter) parts.push(` You can try again in ${duration(error.retryAfter)}.`);
+  if (error.retryAfter) {
+    parts.push(" ", interpolate(gettext("You can try again %s."), [soon(error.retryAfter)]));
+  }
   if (error.code === "not_authenticated") parts.push(" ", loginLink());
   byId("error").replaceChildren(...parts);
   keepingEnd(() => (byId("error").hidden = false));
@@ -194,18 +199,19 @@ function showError(error) {
 function loginLink() {
   const link = document.createElement("a");
   link.href = loginUrl;
-  link.textContent = "Log in";
+  link.textContent = gettext("Log in");
   return link;
 }
 
-function duration(seconds) {
-  if (seconds < 120) return amount(Math.ceil(seconds), "second");
-  if (seconds < 7200) return amount(Math.ceil(seconds / 60), "minute");
-  return amount(Math.ceil(seconds / 3600), "hour");
+/** "in 30 seconds", in the page's language. */
+function soon(seconds) {
+  const time = new Intl.RelativeTimeFormat(language);
+  if (seconds < 120) return time.format(Math.ceil(seconds), "second");
+  if (seconds < 7200) return time.format(Math.ceil(seconds / 60), "minute");
+  return time.format(Math.ceil(seconds / 3600), "hour");
 }
 
-const number = (value) => value.toLocaleString("en");
-const amount = (value, unit) => `${number(value)} ${unit}${value === 1 ? "" : "s"}`;
+const number = (value) => value.toLocaleString(language);
 
 // ---- today's budget
 
@@ -224,21 +230,24 @@ async function loadUsage() {
 }
 
 function showUsed({ totalTokens, remainingToday }) {
-  byId("last").textContent = `Last answer used ${amount(totalTokens, "token")}`;
+  const used = ngettext("Last answer used %s token", "Last answer used %s tokens", totalTokens);
+  byId("last").textContent = interpolate(used, [number(totalTokens)]);
   showRemaining(remainingToday);
 }
 
 function showRemaining(remaining) {
   const { dailyTokenLimit: limit, resetsAt } = budget;
-  const of = limit ? ` of ${number(limit)}` : "";
-  const reset = resetsAt ? ` (resets at ${clock(resetsAt)})` : "";
-  byId("remaining").textContent = `${number(remaining)}${of} tokens left today${reset}`;
+  const text = limit
+    ? gettext("%(left)s of %(limit)s tokens left today (resets at %(time)s)")
+    : gettext("%(left)s tokens left today");
+  const said = { left: number(remaining), limit: number(limit ?? 0), time: resetsAt && clock(resetsAt) };
+  byId("remaining").textContent = interpolate(text, said, true);
   byId("meter").hidden = !limit;
   byId("meter").style.setProperty("--left", limit ? Math.max(0, Math.min(1, remaining / limit)) : 0);
 }
 
 function clock(time) {
-  return new Date(time).toLocaleTimeString("en", { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  return new Date(time).toLocaleTimeString(language, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 }
 
 // ---- what the reader does
