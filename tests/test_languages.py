@@ -29,7 +29,7 @@ from django.core.asgi import get_asgi_application
 from django.test import Client as Browser
 from django.urls import reverse
 from django.utils.decorators import async_only_middleware
-from django.utils.translation import override
+from django.utils.translation import deactivate, override
 from django.utils.translation.template import templatize
 
 from chatnest.errors import RateLimited
@@ -41,6 +41,15 @@ from .conftest import EditProfile, eventually, on_sqlite, port_of, served
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = ("de", "es", "fr")
+
+
+@pytest.fixture(autouse=True)
+def own_language() -> Iterator[None]:
+    """LocaleMiddleware leaves the last request's on in its thread, which here is the tests'."""
+    yield
+    deactivate()
+
+
 RENEW = """
 for domain in django djangojs; do DEBUG=on .venv/bin/python manage.py makemessages -d $domain -l de -l es -l fr \\
     -i .venv -i build -i tests --no-location --no-obsolete --no-wrap; done
