@@ -15,7 +15,7 @@ from django.conf import settings
 from django.test import override_settings
 
 from ..ledger.batcher import batcher
-from ..ledger.jobs import Job
+from ..ledger.jobs import Job, LaterJob
 from ..ledger.outage import Outage
 from ..ledger.worker import Worker
 from ..policy import Policy, PolicyCache
@@ -42,14 +42,14 @@ def inline_ledger() -> Iterator[None]:
     doing: set[asyncio.Task[Any]] = set()
 
     def put(job: Job | None) -> None:
-        if job is None:
+        if job is None or isinstance(job, LaterJob):
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            worker._work([job])
+            worker.work([job])
             return
-        doing.add(task := loop.create_task(sync_to_async(worker._work)([job])))
+        doing.add(task := loop.create_task(sync_to_async(worker.work)([job])))
         task.add_done_callback(doing.discard)
 
     batcher.close()  # a thread of before would renew what only the test can see
