@@ -1,17 +1,16 @@
 """Refusals: remembered, so that the next one costs little, and counted, so that operators see who was refused and why.
 
 Both are bounded, and neither is exact. What is not remembered is asked of the ledger. Counts are summed in memory and
-written once a second at most: a process that dies loses its last ones, and whose names are too many are counted
-together.
+written by the ledger's thread, once a second at most and at its end: a process that dies loses its last ones, and whose
+names are too many are counted together.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
+import threading
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
-from functools import partial
 from typing import Final
 
 from .accounts import ANONYMOUS, SITE, is_stranger
@@ -82,7 +81,8 @@ class Refusals:
         self._tallies: dict[Key, Tally] = {}
         self._named: set[Key] = set()
         self._day: date | None = None
-        self._writer: asyncio.Task[None] | None = None
+        self._lock = threading.Lock()  # the chat's loops and the site's threads count, the ledger's writes
+        self._is_due = False  # somebody will write
 
     # Remembered.
 
@@ -109,14 +109,16 @@ class Refusals:
     # Counted.
 
     def note(self, payer: str, refusal: ChatError) -> None:
-        """Count it, and tell who listens. Within a second or two operators see it."""
+        """Count it, from any thread, and tell who listens. Within a second or two operators see it."""
         tell_refused(payer, refusal)
-        key = self._key(payer, refusal.code)
-        tally = self._tallies.setdefault(key, Tally(0, now(), ""))
-        tally.count += 1
-        tally.last_at, tally.last_detail = now(), refusal.detail[:DETAIL_LENGTH]
-        if self._writer is None or self._writer.done() or self._writer.get_loop().is_closed():
-            self._writer = asyncio.get_running_loop().create_task(self._write_while_there_is_any())
+        with self._lock:
+            key = self._key(payer, refusal.code)
+            tally = self._tallies.setdefault(key, Tally(0, now(), ""))
+            tally.count += 1
+            tally.last_at, tally.last_detail = now(), refusal.detail[:DETAIL_LENGTH]
+            is_due, self._is_due = self._is_due, True
+        if not is_due:
+            batcher.later(WRITE_SECONDS, self._write)
 
     def _key(self, payer: str, code: str) -> Key:
         """Under the payer's name; of so many that a day has, under what they share."""
@@ -130,25 +132,26 @@ class Refusals:
             self._named.add(key)
         return key
 
-    async def _write_while_there_is_any(self) -> None:
-        pause = WRITE_SECONDS
-        while self._tallies:
-            await asyncio.sleep(pause)
-            tallies, self._tallies = self._tallies, {}
-            if not (rows := [_row(*each) for each in sorted(tallies.items())]):
-                return
-            try:
-                await batcher.query(partial(_write, rows))
-                pause = WRITE_SECONDS
-            except ChatError:  # the database is away
-                pause = AWAY_SECONDS
-                self._keep(tallies)
+    def _write(self) -> None:
+        """In the ledger's thread."""
+        with self._lock:
+            tallies, self._tallies, self._is_due = self._tallies, {}, False
+        try:
+            if tallies:
+                _insert([_row(*each) for each in sorted(tallies.items())])
+        except Exception:  # the database is away
+            self._keep(tallies)
+            raise
 
     def _keep(self, tallies: dict[Key, Tally]) -> None:
-        for key, tally in tallies.items():
-            newer = self._tallies.setdefault(key, tally)
-            if newer is not tally:
-                newer.count += tally.count
+        with self._lock:
+            for key, tally in tallies.items():
+                newer = self._tallies.setdefault(key, tally)
+                if newer is not tally:
+                    newer.count += tally.count
+            is_due, self._is_due = self._is_due, True
+        if not is_due:
+            batcher.later(AWAY_SECONDS, self._write)
 
 
 def _payer_and_profile(terms: Terms) -> tuple[str, str]:
@@ -160,7 +163,7 @@ def _row(key: Key, tally: Tally) -> dict[str, object]:
     return {"day": day, "account": account, "code": code, **asdict(tally)}
 
 
-def _write(rows: list[dict[str, object]]) -> None:
+def _insert(rows: list[dict[str, object]]) -> None:
     alias = settings.DATABASE_ALIAS
     more = (
         'ON CONFLICT ("day", "account", "code") DO UPDATE SET '

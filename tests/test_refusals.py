@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from typing import Any
 from unittest import mock
 
 import pytest
 from django.contrib.auth.models import User
-from django.db import connections
+from django.db import OperationalError, connections
 from django.test import Client as Browser
 from django.utils import timezone
 from freezegun import freeze_time
@@ -18,11 +18,13 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import chatnest
 from chatnest import ledger
 from chatnest.conf import today
 from chatnest.errors import DailyBudgetExceeded, LedgerUnavailable, Paused, RateLimited, TooManyStreams
 from chatnest.ledger import Hold
 from chatnest.ledger.batcher import batcher
+from chatnest.ledger.bulk import run
 from chatnest.limits import profile_name
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Refusal, Reservation
 from chatnest.policy import Policy, Terms
@@ -324,20 +326,12 @@ def test_counts_are_summed_and_written_at_most_once_a_second(database: str, clie
 
     asyncio.run(batcher.query(lambda: connections[database].execute_wrappers.append(listen)))
 
-    async def hammer(process: Refusals, times: int) -> None:
+    for process, times in ((Refusals(), 1000), (Refusals(), 500)):
         for _ in range(times):
             process.note("user:1", RateLimited(detail="once more"))
             process.note("user:2", RateLimited(detail="x" * 500))
-        await process._writer
-
-    async def story() -> None:
-        await asyncio.gather(hammer(Refusals(), 1000), hammer(Refusals(), 500))
-
-    asyncio.run(story())
-    assert rows(database) == [
-        ("user:1", "rate_limited", 1500, "once more"),
-        ("user:2", "rate_limited", 1500, "x" * 200),
-    ]
+    told = [("user:1", "rate_limited", 1500, "once more"), ("user:2", "rate_limited", 1500, "x" * 200)]
+    eventually(lambda: rows(database) == told, seconds=5)
     assert len(written) == 2
 
 
@@ -345,17 +339,14 @@ def test_counts_are_summed_and_written_at_most_once_a_second(database: str, clie
 def test_names_without_end_are_counted_together(database: str, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setattr("chatnest.refusals.MOST_NAMES", 3)
 
-    async def story() -> None:
-        process = Refusals()
-        for n in range(10):
-            process.note(f"ip:192.0.2.{n}", RateLimited())
-        for payer in ("ip:192.0.2.0", "user:1", "user:2", "key:3"):
-            process.note(payer, RateLimited(detail=payer))
-        clock.move(24 * 3600)
-        process.note("user:1", RateLimited())
-        await process._writer
-
-    asyncio.run(story())
+    process = Refusals()
+    for n in range(10):
+        process.note(f"ip:192.0.2.{n}", RateLimited())
+    for payer in ("ip:192.0.2.0", "user:1", "user:2", "key:3"):
+        process.note(payer, RateLimited(detail=payer))
+    clock.move(24 * 3600)
+    process.note("user:1", RateLimited())
+    batcher.close()
     found = Refusal.objects.order_by("day", "account").values_list("day", "account", "count", "last_detail")
     assert list(found) == [
         (date(2026, 11, 25), "anonymous", 7, ""),
@@ -369,44 +360,39 @@ def test_names_without_end_are_counted_together(database: str, monkeypatch: pyte
 
 @on_sqlite
 def test_what_the_database_did_not_take_is_written_later(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatnest.refusals.WRITE_SECONDS", 0.01)
     monkeypatch.setattr("chatnest.refusals.AWAY_SECONDS", 0.01)
-    query, tries = batcher.query, 0
-    process = Refusals()
+    process, tries = Refusals(), 0
 
-    async def away(write: Callable[[], Any]) -> Any:
+    def away(*statement: Any) -> None:
         nonlocal tries
         tries += 1
-        if tries < 3:
+        if tries < 4:
             process.note("user:1", LedgerUnavailable(detail=f"try {tries}"))
-            raise LedgerUnavailable()
-        return await query(write)
+            raise OperationalError("server closed the connection")
+        run(*statement)
 
-    monkeypatch.setattr(batcher, "query", away)
-
-    async def story() -> None:
-        process.note("user:1", RateLimited(detail="before"))
-        process.note("user:1", LedgerUnavailable(detail="before"))
-        await process._writer
-
-    asyncio.run(story())
-    assert rows(database) == [("user:1", "ledger_unavailable", 3, "try 2"), ("user:1", "rate_limited", 1, "before")]
+    monkeypatch.setattr("chatnest.refusals.run", away)
+    process.note("user:1", RateLimited(detail="before"))
+    eventually(lambda: len(rows(database)) == 2, seconds=5)
+    assert rows(database) == [("user:1", "ledger_unavailable", 3, "try 3"), ("user:1", "rate_limited", 1, "before")]
 
 
-@on_sqlite
-def test_a_loop_that_ends_before_it_wrote_leaves_its_counts_to_the_next(database: str) -> None:
-    """As async code does that a sync view runs."""
+def test_who_is_refused_in_sync_code_is_counted_too(database: str, edit_profile: EditProfile) -> None:
+    """Its loop is gone before anything could be written."""
+    edit_profile(rate_max_requests=0)
+    for _ in range(2):
+        with pytest.raises(RateLimited), chatnest.hold("user:7", HELLO["messages"]):
+            raise AssertionError("it begins nothing")
+    told = [("user:7", "rate_limited", 2, "request 1 in 60 s; balanced allows 0")]
+    eventually(lambda: rows(database) == told, seconds=5)
+
+
+def test_who_was_refused_just_before_a_polite_end_is_counted(database: str) -> None:
     process = Refusals()
-
-    async def note() -> None:
-        process.note("user:1", RateLimited())
-
-    async def wait() -> None:
-        await note()
-        await process._writer
-
-    asyncio.run(note())
-    asyncio.run(wait())
-    assert rows(database) == [("user:1", "rate_limited", 2, "")]
+    process.note("user:1", RateLimited())
+    batcher.close()
+    assert rows(database) == [("user:1", "rate_limited", 1, "")]
 
 
 @on_sqlite

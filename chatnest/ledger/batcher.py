@@ -11,6 +11,7 @@ import atexit
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from functools import partial
@@ -21,7 +22,7 @@ from weakref import WeakValueDictionary
 from ..errors import LedgerUnavailable, Overloaded
 from ..models import Calibration
 from ..policy import Policy, PolicyCache
-from .jobs import Job, OperationJob, QueryJob
+from .jobs import Job, LaterJob, OperationJob, QueryJob
 from .operations import Hold, Lesson, Reserve, Settle
 from .outage import Outage
 from .worker import LiveStream, Worker, give_back
@@ -90,6 +91,10 @@ class Batcher:
         await asyncio.wait([job.future], timeout=PATIENCE_SECONDS)
         self._heed(ask.lesson)
         return job.future.result() if job.future.done() and not job.future.exception() else None
+
+    def later(self, seconds: float, work: Callable[[], object]) -> None:
+        """Write what nobody waits for in so many seconds, or at the thread's polite end if that is sooner."""
+        self._put(LaterJob(work, time.monotonic() + seconds))
 
     def _heed(self, lesson: Lesson | None) -> None:
         if lesson and lesson.is_news(self.calibration(lesson.provider, lesson.model)):

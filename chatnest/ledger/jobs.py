@@ -34,6 +34,17 @@ class QueryJob(Job):
         self.query = query
 
 
+class LaterJob(Job):
+    """Nobody waits for it: done when ``at`` has come, by the monotonic clock, or when the thread ends."""
+
+    __slots__ = ("at", "work")
+
+    def __init__(self, work: Callable[[], object], at: float) -> None:
+        super().__init__()
+        self.work = work
+        self.at = at
+
+
 class OperationJob(Job):
     __slots__ = ("is_kept", "operation")
 

@@ -6,6 +6,7 @@ There is no timer: a lone request goes at once, and while one transaction commit
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import time
@@ -22,7 +23,7 @@ from ..conf import settings
 from ..errors import InternalError, LedgerUnavailable
 from ..models import Reservation
 from . import decisions, leases
-from .jobs import Answers, Job, OperationJob, QueryJob, Release, send
+from .jobs import Answers, Job, LaterJob, OperationJob, QueryJob, Release, send
 from .operations import Hold, Settle
 from .outage import Outage
 from .transactions import CommitUnknown, is_bug, is_conflict, is_outage
@@ -61,6 +62,7 @@ class Worker:
         self._release = release
         self._alias: str = settings.DATABASE_ALIAS
         self._unsettled: deque[OperationJob] = deque()  # settlements that the database has not taken yet
+        self._later: list[LaterJob] = []
         self._wrote = False  # something since the last look for overdue leases
         self._retry_at = self._look_at = 0.0
         self._renewed_at = time.monotonic()
@@ -73,14 +75,16 @@ class Worker:
             jobs = self._gather()
             if going_on := None not in jobs:
                 self._renew_if_due()
-            self._work([job for job in jobs if job])
+            self.work([job for job in jobs if job])
+            self._do_later(time.monotonic())
             self._look_if_due()
         while not self._queue.empty():  # what the last answers gave back
-            self._work([job for job in self._gather() if job])
+            self.work([job for job in self._gather() if job])
         unsettled = -1
         while self._unsettled and len(self._unsettled) != unsettled:  # for as long as the database takes any
             unsettled = len(self._unsettled)
-            self._work([])
+            self.work([])
+        self._do_later(math.inf)
         if self._unsettled:
             logger.error(
                 "Ending with %d settlements unwritten: their leases charge the full hold", len(self._unsettled)
@@ -108,12 +112,14 @@ class Worker:
         due += [self._retry_at] * bool(self._unsettled)
         due += [self._renew_at] * bool(self._live)
         due += [self._look_at] * self._wrote
+        due += [job.at for job in self._later]
         return max(0.0, min(due) - time.monotonic())
 
-    def _work(self, jobs: Sequence[Job]) -> None:
-        if not (jobs or self._unsettled or self._live or self._wrote):
+    def work(self, jobs: Sequence[Job]) -> None:
+        if not (jobs or self._unsettled or self._live or self._wrote or self._later):
             connections[self._alias].close()  # idle: somebody else may have the place
         jobs = [job for job in jobs if not job.is_abandoned]
+        self._later += [job for job in jobs if isinstance(job, LaterJob)]
         for job in jobs:
             if isinstance(job, QueryJob):
                 send([(job, self._answer(job.query))], self._release)
@@ -134,6 +140,12 @@ class Worker:
             return InternalError()
         self._outage.ends(writing=False)
         return answer
+
+    def _do_later(self, now: float) -> None:
+        due = [job for job in self._later if job.at <= now]
+        self._later = [job for job in self._later if job.at > now]
+        for job in due:
+            self._answer(job.work)
 
     def _commit(self, jobs: Sequence[OperationJob]) -> None:
         try:

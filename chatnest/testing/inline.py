@@ -17,7 +17,7 @@ from django.test import TestCase, override_settings
 
 from ..conf import settings as ledgers
 from ..ledger.batcher import batcher
-from ..ledger.jobs import Job
+from ..ledger.jobs import Job, LaterJob
 from ..ledger.outage import Outage
 from ..ledger.worker import Worker
 from ..policy import Policy, PolicyCache
@@ -56,10 +56,10 @@ def inline_ledger() -> Iterator[None]:
     def work(job: Job) -> None:
         # Nothing is ever committed, but signals are sent.
         with TestCase.captureOnCommitCallbacks(using=ledgers.DATABASE_ALIAS, execute=True):
-            worker._work([job])
+            worker.work([job])
 
     def put(job: Job | None) -> None:
-        if job:
+        if job and not isinstance(job, LaterJob):
             do(partial(work, job))
 
     def tell(send: Callable[[], object], **kwargs: Any) -> None:
