@@ -18,7 +18,6 @@ from openai import OpenAI
 
 from chatnest.checks import check_settings
 from chatnest.conf import provider
-from chatnest.models import Profile
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, free_port, serving
