@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from django.apps import apps
+from django.apps import AppConfig, apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections, router
@@ -144,7 +144,31 @@ def check_database(**kwargs: Any) -> list[CheckMessage]:
                 id="chatnest.E011",
             )
         ]
-    return _check_routers(alias)
+    return _check_tenants() or _check_routers(alias)
+
+
+def _check_tenants() -> list[CheckMessage]:
+    """The ledger's connection is in the public schema: of a tenant's own tables it would know nothing."""
+    if not apps.is_installed("django_tenants"):
+        return []
+    types = getattr(django_settings, "TENANT_TYPES", {})  # TENANT_APPS for sites with tenants of several kinds
+    entries = [
+        *getattr(django_settings, "TENANT_APPS", ()),
+        *(entry for name, kind in types.items() if name != _public_schema() for entry in kind["APPS"]),
+    ]
+    if not any(AppConfig.create(entry).name == "chatnest" for entry in entries):
+        return []
+    return [
+        Error(
+            "chatnest is a tenant app of django-tenants: its ledger, which is in the public schema, would not see it.",
+            hint="Move it from TENANT_APPS to SHARED_APPS: one ledger for all tenants, told apart by PAYER.",
+            id="chatnest.E030",
+        )
+    ]
+
+
+def _public_schema() -> str:
+    return getattr(django_settings, "PUBLIC_SCHEMA_NAME", "public")
 
 
 def _check_routers(alias: str) -> list[CheckMessage]:

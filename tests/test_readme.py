@@ -18,7 +18,6 @@ from openai import OpenAI
 
 from chatnest.checks import check_settings
 from chatnest.conf import provider
-from chatnest.models import Profile
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, free_port, serving
@@ -37,8 +36,11 @@ def block(beginning: str) -> str:
     return found
 
 
-SETTINGS = block("INSTALLED_APPS")
-PAYER = block("def payer")
+SETTINGS = block("INSTALLED_APPS = ")
+PAYER = block("from allauth")
+JWT = block("import jwt")
+OAUTH = block("MIDDLEWARE +=")
+CORS = block('INSTALLED_APPS += ["corsheaders"]')
 LIFESPAN = block("from chatnest.asgi")
 PREPARE = block("from dataclasses import replace\n\nfrom chatnest.wires")
 CONVERSATIONS = block("from dataclasses import replace\n\nfrom chatnest.signals")
@@ -51,9 +53,22 @@ URL = re.search(r'`(path\("api/", .*?\))`', README)
 
 
 def test_no_block_is_left_out() -> None:
-    assert {SETTINGS, PAYER, LIFESPAN, PREPARE, CONVERSATIONS, HOLD, ROUTER, PROVIDERS, TEST_CASE, TESTING} == set(
-        BLOCKS
-    )
+    ours = {
+        SETTINGS,
+        PAYER,
+        JWT,
+        OAUTH,
+        CORS,
+        LIFESPAN,
+        PREPARE,
+        CONVERSATIONS,
+        HOLD,
+        ROUTER,
+        PROVIDERS,
+        TEST_CASE,
+        TESTING,
+    }
+    assert ours == set(BLOCKS)
     for text in BLOCKS:
         ast.parse(text)
 
@@ -179,27 +194,6 @@ def test_several_providers_are_right(settings: Any) -> None:
     settings.CHATNEST = names["CHATNEST"]
     assert check_settings() == []
     assert provider("default").max_tokens_parameter == "max_completion_tokens"
-
-
-class Token:
-    """rest_framework.authtoken's, as far as the recipe knows it."""
-
-    user_id = 7
-
-    class objects:  # noqa: N801
-        @staticmethod
-        def filter(key: str) -> Any:
-            Profile.objects.exists()  # as the real one does, it asks the database
-            return type("Found", (), {"first": staticmethod(lambda: Token if key == "secret" else None)})
-
-
-def test_a_bearer_token_pays(client: Client, configure: Any, settled: Settled) -> None:
-    names: dict[str, Any] = {"Token": Token}
-    exec(PAYER, names)
-    configure(PAYER=names["payer"], ALLOW_ANONYMOUS=False)
-    assert client.chat(authorization="Bearer secret").status == 200
-    assert client.chat(authorization="Bearer wrong").status == 401
-    assert settled()[0].payer == "user:7"
 
 
 def test_a_task_pays(database: str, settled: Settled) -> None:
