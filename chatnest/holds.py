@@ -30,6 +30,7 @@ from .errors import ChatError, Paused, RequestTooLarge
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
 from .ledger.charges import Billed, Received, settlement
+from .ledger.worker import give_back
 from .limits import profile_name
 from .models import LABEL_LENGTH, Reservation
 from .policy import Terms
@@ -72,6 +73,7 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         self._label = label[:LABEL_LENGTH]
         self._report: Report | None = None
         self._released = False
+        self._abandoned = False
         self._began = 0.0
         self._task: asyncio.Task[Any] | None = None
         self.stopped = False  # by an operator; under ``async with`` the block is interrupted
@@ -113,7 +115,13 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
             raise Paused(retry_after=60) from None
 
     def __enter__(self) -> Self:
-        async_to_sync(self._reserve)()
+        try:
+            async_to_sync(self._reserve)()
+        except BaseException:  # a task's time limit, for one: the block never begins
+            self._abandoned = True
+            if hasattr(self, "hold"):
+                self._give_back()
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -138,6 +146,12 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
             raise
         self._began = time.monotonic()
         batcher.watch(self)
+        if self._abandoned:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        batcher.unwatch(self)
+        batcher.settle(give_back(self.hold))
 
     async def _held(self) -> Hold:
         terms = (await batcher.policy(self._accounts)).terms(self._accounts, self._profile)

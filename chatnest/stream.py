@@ -22,6 +22,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
+from weakref import WeakSet
 
 from django.utils.translation import get_language, override
 
@@ -102,7 +103,7 @@ class Chat:
         self._frames = Frames(self._loop)
         self._deadlines = Deadlines(self._loop, self._frames)
         self._language = get_language()  # a middleware may take it back before the end
-        self._pump: asyncio.Task[None] | None = None
+        self.pump: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[object] | None = None
         self._call: Call | None = None
         self._count_for(hold)
@@ -113,6 +114,12 @@ class Chat:
         self._why: Exception | None = None  # the pump was interrupted
         self._settled = False
         self._patience: asyncio.TimerHandle | None = None  # with a reader who does not come for the end
+        _chats.add(self)
+        if self._loop in _ending:
+            self.interrupt(Restarting(retry_after=1))
+
+    def is_in(self, loop: asyncio.AbstractEventLoop) -> bool:
+        return self._loop is loop
 
     def _count_for(self, hold: Hold) -> None:
         self.hold = hold
@@ -124,7 +131,7 @@ class Chat:
 
     def next_frames(self) -> Awaitable[bytes]:
         """What there is to write. Raises StopAsyncIteration after the end."""
-        if not (self._pump or self._settled):
+        if not (self.pump or self._settled):
             self._begin()
         return self._frames.take()
 
@@ -136,10 +143,10 @@ class Chat:
         if self._settled:
             if self._patience:
                 self._patience.cancel()
-        elif self._pump is None:
+        elif self.pump is None:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         elif settings.ON_DISCONNECT != "drain" or not (self._call and self._call.billed):
-            self._pump.cancel()
+            self.pump.cancel()
         # Else it is read on unseen, for a provider that bills all of it anyway.
 
     def stop(self) -> None:
@@ -160,9 +167,16 @@ class Chat:
 
     def interrupt(self, why: Exception) -> None:
         """The stream ends with an ``error`` frame that says why. In the loop's thread."""
-        if self._pump and not (self._settled or self._why):
-            self._why = why
-            self._pump.cancel()
+        if self._settled or self._why:
+            return
+        self._why = why
+        if self.pump:
+            self.pump.cancel()
+        elif isinstance(why, ChatError):  # nobody has asked for it yet
+            batcher.settle(self._conclude(self._outcome(why)))
+            self._frames.write(chatnest.START)
+            self._write_error(why)
+            self._frames.end()
 
     # The pump.
 
@@ -170,9 +184,8 @@ class Chat:
         batcher.watch(self)
         self._reading = asyncio.current_task()
         self._frames.write(chatnest.START)
-        self._pump = self._loop.create_task(self._run())
-        _chats[self._pump] = self
-        self._pump.add_done_callback(self._pump_has_ended)
+        self.pump = self._loop.create_task(self._run())
+        self.pump.add_done_callback(self._pump_has_ended)
         self._deadlines.begin(self.interrupt)
 
     async def _run(self) -> None:
@@ -195,7 +208,7 @@ class Chat:
                 await self._call.close()
 
     def _pump_has_ended(self, pump: asyncio.Task[None]) -> None:
-        del _chats[pump]
+        _chats.discard(self)
         self.settle_now()  # if it was cancelled before its first step
         self._frames.end()
 
@@ -217,8 +230,8 @@ class Chat:
         except asyncio.CancelledError:
             if self._why is None:
                 raise
-            assert self._pump
-            self._pump.uncancel()
+            assert self.pump
+            self.pump.uncancel()
             if not (isinstance(self._why, Enough) and self._call):
                 raise self._why from None
             self._call.answer.end()
@@ -328,8 +341,11 @@ class Chat:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
             await batcher.settled(self._conclude(self._outcome(problem)))
-            with override(self._language):
-                self._frames.write(chatnest.error(problem))
+            self._write_error(problem)
+
+    def _write_error(self, problem: ChatError) -> None:
+        with override(self._language):
+            self._frames.write(chatnest.error(problem))
 
     def _outcome(self, problem: ChatError) -> Reservation.Outcome:
         if problem is not self._why:
@@ -341,6 +357,8 @@ class Chat:
     def _conclude(self, outcome: Reservation.Outcome) -> Settle:
         """The settlement, and all that the chat has is given back."""
         self._settled = True
+        if self.pump is None:
+            _chats.discard(self)
         self._deadlines.end()
         self._slot.release()
         batcher.unwatch(self)
@@ -393,21 +411,27 @@ class Chat:
             self._reading.cancel()
 
 
-_chats: Final[dict[asyncio.Task[None], Chat]] = {}  # by their pumps, of which a loop's own references are weak
+_chats: Final[set[Chat]] = set()  # that have a hold: of their pumps, a loop's own references are weak
+_ending: Final[WeakSet[asyncio.AbstractEventLoop]] = WeakSet()
 os.register_at_fork(after_in_child=_chats.clear)
 
 
 async def end_streams() -> None:
-    """The process ends: so do this loop's streams. When this returns, they are settled for what was received."""
+    """The process ends: so do this loop's streams. When this returns, they are settled for what was received.
+
+    A stream that is made later, for its reservation was on the way, ends as it begins.
+    """
     loop = asyncio.get_running_loop()
-    while chats := {pump: chat for pump, chat in _chats.items() if pump.get_loop() is loop}:
-        for chat in chats.values():
+    _ending.add(loop)
+    while chats := [chat for chat in _chats if chat.is_in(loop)]:
+        for chat in chats:
             chat.interrupt(Restarting(retry_after=1))
-        await asyncio.wait(chats)
+        if pumps := [chat.pump for chat in chats if chat.pump]:
+            await asyncio.wait(pumps)
 
 
 @atexit.register  # after the batcher, so called before it
 def settle_streams() -> None:
     """What no loop has ended: some servers leave theirs in the middle of a turn."""
-    for chat in list(_chats.values()):
+    for chat in list(_chats):
         chat.settle_now()

@@ -52,7 +52,9 @@ class Cell:
         return "passed" if ran.returncode == 0 else f"failed: pytest ended with {ran.returncode}"
 
 
-CELLS = [Cell(python, django, packages) for python, all_ in DJANGO.items() for django in all_ for packages in RESOLUTION]
+CELLS = [
+    Cell(python, django, packages) for python, all_ in DJANGO.items() for django in all_ for packages in RESOLUTION
+]
 
 
 def uv(*arguments: str) -> None:
@@ -64,7 +66,17 @@ def find(python: str) -> str | None:
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     # Before its shims, which refuse to run what is not switched on.
     places = [*map(str, pyenv.glob(f"versions/{python}.*/bin")), os.environ["PATH"]]
-    command = [sys.executable, "-m", "uv", "python", "find", "--no-project", "--system", "--no-python-downloads", python]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "python",
+        "find",
+        "--no-project",
+        "--system",
+        "--no-python-downloads",
+        python,
+    ]
     environment = {**os.environ, "PATH": os.pathsep.join(places)}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else None

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -17,12 +18,17 @@ from asgiref.sync import ThreadSensitiveContext
 from django.core.asgi import get_asgi_application
 from django.db import connections
 
+from chatnest import stream as stream_module
 from chatnest import tokens
 from chatnest.asgi import for_streaming, threads
 from chatnest.ledger.batcher import batcher
 from chatnest.ledger.charges import IN_FLIGHT
 from chatnest.models import Reservation
+from chatnest.slots import StreamSlot
+from chatnest.stream import ChatStream, end_streams
 from chatnest.testing import FakeUpstream, Reply
+from chatnest.views import open_stream
+from chatnest.wires import ChatRequest, Message
 
 from .benchmarks.processes import Serving, environment, free_port, serving, url_of
 from .client import Client
@@ -124,6 +130,79 @@ def test_an_answer_may_still_come_to_its_end(serve: Serve, upstream: FakeUpstrea
         assert reader.rest()[-1][0] == "done"
     server.process.wait(PATIENCE_SECONDS)
     assert [row.outcome for row in settled()] == ["completed"]
+
+
+# Between a reservation and its stream.
+
+
+@on_sqlite
+def test_a_hold_whose_stream_has_not_begun_is_given_back_at_the_end(
+    database: str, upstream: FakeUpstream, settled: Settled
+) -> None:
+    async def story() -> bytes:
+        stream = await a_stream()
+        await end_streams()
+        return b"".join([frames async for frames in stream])
+
+    frames = asyncio.run(story())
+    assert frames.startswith(b"event: start\ndata: \n\nevent: error\n") and b'"code":"overloaded"' in frames
+    batcher.close()
+    (row,) = settled()
+    assert (row.outcome, row.tokens_charged) == ("cancelled", 0)
+    assert not upstream.requests
+
+
+@on_sqlite
+def test_a_hold_that_is_committed_while_the_process_ends_is_given_back(
+    database: str, upstream: FakeUpstream, settled: Settled
+) -> None:
+    """The reservation is at its commit, and so late that lifespan's end has begun."""
+
+    async def story() -> list[bytes]:
+        committing, go_on = threading.Event(), threading.Event()
+
+        def held(execute: Any, sql: str, *arguments: Any) -> Any:
+            if "INSERT" in sql and "chatnest_reservation" in sql:
+                committing.set()
+                assert go_on.wait(10)
+            return execute(sql, *arguments)
+
+        await batcher.query(lambda: connections[database].execute_wrappers.append(held))
+        asking = asyncio.create_task(a_stream())
+        await asyncio.to_thread(committing.wait, 10)
+        ending = asyncio.create_task(lifespan_ends())
+        loop = asyncio.get_running_loop()
+        await asyncio.to_thread(eventually, lambda: loop in stream_module._ending)
+        go_on.set()
+        await ending
+        return [frames async for frames in await asking]
+
+    frames = asyncio.run(story())
+    assert b'"code":"overloaded"' in frames[0]
+    assert not Reservation.objects.using(database).open().exists()  # though nobody closed the ledger since
+    assert [(row.outcome, row.tokens_charged) for row in settled()] == [("cancelled", 0)]
+    assert not upstream.requests
+
+
+async def a_stream() -> ChatStream:
+    """As the view makes one."""
+    accounts = ["user:1", "site"]
+    asked = ChatRequest(messages=(Message("user", "Hello!"),), profile="balanced")
+    terms = (await batcher.policy(accounts)).terms(accounts, "balanced")
+    with StreamSlot.acquire(stranger=False) as slot:
+        return await open_stream(asked, terms, slot)
+
+
+async def lifespan_ends() -> None:
+    """What a server says to a worker that is told to end."""
+    events = iter(["lifespan.startup", "lifespan.shutdown"])
+
+    async def receive() -> Any:
+        return {"type": next(events)}
+
+    async def send(message: Any) -> None: ...
+
+    await for_streaming(has_nothing_to_say)({"type": "lifespan"}, receive, send)
 
 
 # Lifespan, which a site's own application may answer too.

@@ -51,6 +51,7 @@ async def lifespan(application: ASGI, receive: Any, send: Any, *, scope: Any, gr
         else:
             await end_streams()
             await asyncio.to_thread(batcher.close)
+            await asyncio.to_thread(batcher.close)  # for those whose reservation was answered meanwhile
             await asyncio.to_thread(announcer.close)
         return message
 
