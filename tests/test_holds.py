@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import threading
 from typing import Any
 
 import openai
 import pytest
 from django.contrib.auth.models import AnonymousUser
+from django.db import connections
 from openai import AsyncOpenAI, OpenAI
 
 import chatnest
@@ -148,6 +151,36 @@ def test_a_long_call_keeps_its_lease(database: str, configure: Configure) -> Non
         row = Reservation.objects.using(database).get()
         eventually(lambda: Reservation.objects.using(database).get().expires_at > row.expires_at)
         hold.release()
+
+
+class TimeLimit(BaseException):
+    """As Celery's soft limit, raised wherever the task is."""
+
+
+def test_one_whose_block_never_begins_is_given_back(database: str, settled: Settled) -> None:
+    """A task's time is up while its reservation is committed."""
+    struck = threading.Event()
+
+    def strike(*_: Any) -> None:
+        struck.set()
+        raise TimeLimit
+
+    def held(execute: Any, sql: str, *arguments: Any) -> Any:
+        if "INSERT" in sql and "chatnest_reservation" in sql and not struck.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            assert struck.wait(10)
+        return execute(sql, *arguments)
+
+    asyncio.run(batcher.query(lambda: connections[database].execute_wrappers.append(held)))
+    before = signal.signal(signal.SIGUSR1, strike)
+    try:
+        with pytest.raises(TimeLimit), chatnest.hold("user:7", MESSAGES):
+            raise AssertionError("it begins nothing")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    batcher.close()  # when all it was asked is done
+    (row,) = settled()
+    assert (row.outcome, row.tokens_charged) == ("cancelled", 0)
 
 
 def test_a_user_may_be_named_by_the_user(database: str, django_user_model: Any, settled: Settled) -> None:
