@@ -36,6 +36,7 @@ from .errors import (
 )
 from .holds import reservation
 from .hooks import ask, hook
+from .ledger import Reserve
 from .ledger.batcher import batcher
 from .limits import profile_name
 from .models import LABEL_LENGTH
@@ -44,7 +45,7 @@ from .refusals import refusals
 from .slots import StreamSlot
 from .stream import Chat, ChatStream
 from .tokens import abound
-from .wires import ChatRequest, chatnest
+from .wires import ChatRequest, Message, chatnest
 
 logger = logging.getLogger("chatnest.views")
 
@@ -113,12 +114,17 @@ async def chat(request: HttpRequest) -> HttpResponseBase:
     """Stream an answer to a conversation."""
     if not isinstance(request, ASGIRequest):
         raise NeedsASGI()
-    accounts = await charged(request)
     try:
-        return EventStreamResponse(await begin(request, accounts))
-    except ChatError as refusal:
-        refusals.note(accounts[0], refusal)
-        raise
+        accounts = await charged(request)
+        try:
+            return EventStreamResponse(await begin(request, accounts))
+        except ChatError as refusal:
+            refusals.note(accounts[0], refusal)
+            raise
+    finally:
+        # Sentry sends the body with each trace and error (https://docs.sentry.io/platforms/python/configuration/options/,
+        # max_request_body_size), and a stream would keep it for minutes.
+        request._body = b""
 
 
 async def begin(request: HttpRequest, accounts: Sequence[str]) -> ChatStream:
@@ -171,17 +177,25 @@ def read_body(request: HttpRequest) -> bytes:
     if request.content_type != "application/json":
         raise UnsupportedMediaType()
     limit = settings.MAX_BODY_BYTES
-    too_large = BodyTooLarge(format_lazy(_("The request body may have at most {limit} bytes."), limit=limit))
     declared = request.META.get("CONTENT_LENGTH") or ""
     if declared.isdigit() and int(declared) > limit:
-        raise too_large
+        raise _too_large(limit)
     try:
         body = request.body
     except RequestDataTooBig:
-        raise too_large from None
+        raise _too_large(limit) from None
     if len(body) > limit:
-        raise too_large
+        raise _too_large(limit)
     return body
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(format_lazy(_("The request body may have at most {limit} bytes."), limit=limit))
+
+
+async def reservation_for(messages: Sequence[Message], terms: Terms, label: str) -> Reserve:
+    """What these ask of the ledger."""
+    return reservation(terms, await abound(messages, terms.model, provider(terms.provider)), label)
 
 
 async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> ChatStream:
@@ -194,13 +208,10 @@ async def open_stream(asked: ChatRequest, terms: Terms, slot: StreamSlot) -> Cha
         max_tokens=limits.max_tokens_per_request,
         allowance=limits.max_output_tokens,
     )
-    bound = await abound(window.messages, terms.model, provider(terms.provider))
-    ask, fallback = reservation(terms, bound, asked.label), None
+    ask, fallback = await reservation_for(window.messages, terms, asked.label), None
     if terms.fallback:
-        its_provider, its_model = terms.fallback
-        bound = await abound(window.messages, its_model, provider(its_provider))
-        excess = batcher.prompt_excess(*terms.fallback)
-        ask, fallback = ask.or_else(*terms.fallback, bound + excess, excess)
+        other = replace(terms, provider=terms.fallback[0], model=terms.fallback[1])
+        ask, fallback = ask.or_else(await reservation_for(window.messages, other, asked.label))
     try:
         hold = await batcher.reserve(ask)
     except ChatError as refusal:
