@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -14,6 +15,7 @@ from ..conf import Provider
 from ..hooks import imported
 from .http import HTTPClient
 
+NOBODYS: Final = ("localhost", "test", "example", "invalid")  # no real host has such a name: RFC 2606
 USER_AGENT: Final = f"AsyncOpenAI/Python {openai.__version__}"  # some fronts refuse what they do not know
 
 
@@ -65,6 +67,7 @@ class _Clients:
 
     def _make(self, provider: Provider) -> AsyncOpenAI:
         if provider.client is None:
+            guard.look_at(provider)
             self._http_client = self._http_client or HTTPClient()
             return Client(provider, self._http_client)
         client: object = imported(provider.client)()
@@ -78,6 +81,35 @@ class _Clients:
             await client.close()
         if self._http_client:
             await self._http_client.aclose()
+
+
+class Guard:
+    """What a test forgot to script is not asked, and paid, for real. ``lifted``: by ``chatnest.testing``.
+
+    A client that the site makes itself (CLIENT) may be scripted too, and is not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.lifted = 0
+
+    def look_at(self, provider: Provider) -> None:
+        host = urlsplit(provider.base_url).hostname or ""
+        is_nobodys = host == "::1" or host.startswith("127.") or host.rpartition(".")[2] in NOBODYS
+        if self.lifted or is_nobodys or not _is_tested():
+            return
+        raise RuntimeError(
+            f"This test would ask {host}, and pay. Script the provider (chatnest.testing.FakeUpstream), or say "
+            "chatnest.testing.real_provider()"
+        )
+
+
+def _is_tested() -> bool:
+    """Between the test runner's setup_test_environment and its teardown: Django's and pytest-django's call it."""
+    utils = sys.modules.get("django.test.utils")
+    return utils is not None and hasattr(utils._TestState, "saved_data")
+
+
+guard: Final = Guard()
 
 
 def client(provider: Provider) -> AsyncOpenAI:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -77,6 +77,24 @@ def inline_ledger() -> Iterator[None]:
             refusals.clear()
 
 
+@contextmanager
+def scripted_chat() -> Iterator[FakeUpstream]:
+    """``inline_ledger``, and a scripted provider in the place of each that the settings have."""
+    with FakeUpstream() as upstream, override_settings(CHATNEST=_asking(upstream.url)), inline_ledger():
+        yield upstream
+
+
+def _asking(url: str) -> dict[str, Any]:
+    """The site's CHATNEST with every provider at ``url``."""
+    typed = getattr(settings, "CHATNEST", {})
+    where = {"BASE_URL": url, "API_KEY": "sk-test"}
+    providers = {
+        name: {**{key: value for key, value in entry.items() if key != "CLIENT"}, **where}
+        for name, entry in typed.get("PROVIDERS", {}).items()
+    }
+    return {**typed, "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-test", "PROVIDERS": providers}
+
+
 class ChatTestMixin:
     """For ``TestCase`` and ``TransactionTestCase``: a scripted provider in ``self.upstream``, and the ledger inline.
 
@@ -90,9 +108,4 @@ class ChatTestMixin:
 
     def setUp(self) -> None:
         super().setUp()  # type: ignore[misc]
-        stack = ExitStack()
-        self.addCleanup(stack.close)  # type: ignore[attr-defined]
-        self.upstream = stack.enter_context(FakeUpstream())
-        typed = {**getattr(settings, "CHATNEST", {}), "OPENAI_BASE_URL": self.upstream.url, "OPENAI_API_KEY": "sk-test"}
-        stack.enter_context(override_settings(CHATNEST=typed))
-        stack.enter_context(inline_ledger())
+        self.upstream = self.enterContext(scripted_chat())  # type: ignore[attr-defined]
