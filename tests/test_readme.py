@@ -26,7 +26,8 @@ from .conftest import Settled
 from .test_demo import OURS, log_in
 from .test_holds import answer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = [dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)]
 
 
@@ -48,6 +49,7 @@ HOLD = block("import chatnest")
 ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
 PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
 TEST_CASE = block("from django.test")
+FIXTURE = block("def test_chat(chat_upstream")
 TESTING = block("from chatnest.testing")
 URL = re.search(r'`(path\("api/", .*?\))`', README)
 
@@ -66,6 +68,7 @@ def test_no_block_is_left_out() -> None:
         ROUTER,
         PROVIDERS,
         TEST_CASE,
+        FIXTURE,
         TESTING,
     }
     assert ours == set(BLOCKS)
@@ -135,7 +138,7 @@ def test_a_site_made_of_the_readme_chats(site: Site, upstream: FakeUpstream) -> 
         own = {"cookie": cookie, "host": "localhost", "origin": "http://localhost"}
         answer = client.chat(**own)
         assert (answer.status, answer.events[-2:]) == (200, ["usage", "done"])
-        assert upstream.requests[0].json["messages"][0] == {"role": "system", "content": "The user's name is ."}
+        assert upstream.requests[0].json["messages"][0] == {"role": "system", "content": "The user's name is grace."}
         assert client.chat(cookie=cookie, origin="https://evil.example").status == 403
 
         upstream.replies(Reply("One", "two", gate_after=1))
@@ -203,6 +206,40 @@ def test_a_task_pays(database: str, settled: Settled) -> None:
         exec(HOLD, names)
         assert names["digest"]("user:7", [{"role": "user", "content": "Sum this up."}]) == "Done."
     assert settled()[0].tokens_charged == 15
+
+
+def test_a_sites_pytest_has_a_fixture_and_asks_no_real_provider(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["chatnest.testing.fixtures"]\n')
+    (tmp_path / "test_site.py").write_text(FIXTURE + GUARDED)
+    command = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path))
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "project.settings", "DEBUG": "on", "OPENAI_API_KEY": "sk-real"}
+    env |= {"OPENAI_BASE_URL": "https://192.0.2.1/v1", "PYTHONPATH": str(ROOT), "CHATNEST_ALLOW_ANONYMOUS": "on"}
+    env["DATABASE_URL"] = "sqlite:///unused"
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert "2 passed" in ran.stdout, ran.stdout
+
+
+GUARDED = """
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.test import AsyncClient
+
+from chatnest.testing import inline_ledger
+
+BODY = '{"messages": [{"role": "user", "content": "Hi!"}]}'
+
+
+@pytest.mark.django_db
+def test_it_scripts_nothing(caplog):
+    async def story():
+        response = await AsyncClient().post("/api/chat", BODY, "application/json")
+        return b"".join([part async for part in response])
+
+    with inline_ledger():
+        assert b"upstream_misconfigured" in async_to_sync(story)()
+    assert "would ask 192.0.2.1, and pay" in caplog.text
+"""
 
 
 def test_a_sites_own_test_scripts_the_provider(settings: Any) -> None:
