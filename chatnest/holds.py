@@ -198,7 +198,8 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
 def reservation(terms: Terms, bound: int, label: str) -> Reserve:
     """What a prompt of so many tokens asks of the ledger under these terms."""
     limits = terms.limits
-    excess = batcher.prompt_excess(terms.provider, terms.model)
+    calibration = batcher.calibration(terms.provider, terms.model)
+    excess = calibration.prompt_excess if calibration else 0
     return Reserve(
         budgets=ledger.todays_budgets(terms.budgets, whole=terms.whole),
         profile=terms.profile,

@@ -81,9 +81,9 @@ class Announcer:
         self._thread: threading.Thread | None = None
         self._dropped = 0
 
-    def put(self, send: Callable[[], bool], *, most: int = MOST_WAITING) -> None:
-        """Have ``send`` called, which says whether all went well; or not, where so many wait already."""
-        if self._queue.qsize() >= most:
+    def put(self, send: Callable[[], bool], *, spare: int = 0) -> None:
+        """Have ``send`` called, which says whether all went well; or not, where there is no room but so much."""
+        if self._queue.qsize() >= MOST_WAITING - spare:
             if not self._dropped:
                 logger.error("Receivers of chatnest's signals are too slow: some are not sent from now on")
             self._dropped += 1
@@ -129,7 +129,7 @@ def tell_refused(payer: str, refusal: ChatError) -> None:
     """They may be many, so that they leave room for the others."""
     if refused.has_listeners():
         facts = {"code": refusal.code, "detail": refusal.detail, "retry_after": refusal.retry_after}
-        announcer.put(partial(_send, refused, Refusal, payer=payer, **facts), most=MOST_WAITING // 2)
+        announcer.put(partial(_send, refused, Refusal, payer=payer, **facts), spare=MOST_WAITING // 2)
 
 
 def tell_crossed(account: str, day: date, *, percent: int, used: int, limit: int) -> None:

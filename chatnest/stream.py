@@ -103,7 +103,7 @@ class Chat:
         self._frames = Frames(self._loop)
         self._deadlines = Deadlines(self._loop, self._frames)
         self._language = get_language()  # a middleware may take it back before the end
-        self.pump: asyncio.Task[None] | None = None
+        self._pump: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[object] | None = None
         self._call: Call | None = None
         self._count_for(hold)
@@ -118,9 +118,6 @@ class Chat:
         if self._loop in _ending:
             self.interrupt(Restarting(retry_after=1))
 
-    def is_in(self, loop: asyncio.AbstractEventLoop) -> bool:
-        return self._loop is loop
-
     def _count_for(self, hold: Hold) -> None:
         self.hold = hold
         self._provider = provider(hold.provider)
@@ -131,7 +128,7 @@ class Chat:
 
     def next_frames(self) -> Awaitable[bytes]:
         """What there is to write. Raises StopAsyncIteration after the end."""
-        if not (self.pump or self._settled):
+        if not (self._pump or self._settled):
             self._begin()
         return self._frames.take()
 
@@ -143,10 +140,10 @@ class Chat:
         if self._settled:
             if self._patience:
                 self._patience.cancel()
-        elif self.pump is None:
+        elif self._pump is None:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         elif settings.ON_DISCONNECT != "drain" or not (self._call and self._call.billed):
-            self.pump.cancel()
+            self._pump.cancel()
         # Else it is read on unseen, for a provider that bills all of it anyway.
 
     def stop(self) -> None:
@@ -170,8 +167,8 @@ class Chat:
         if self._settled or self._why:
             return
         self._why = why
-        if self.pump:
-            self.pump.cancel()
+        if self._pump:
+            self._pump.cancel()
         elif isinstance(why, ChatError):  # nobody has asked for it yet
             batcher.settle(self._conclude(self._outcome(why)))
             self._frames.write(chatnest.START)
@@ -184,8 +181,8 @@ class Chat:
         batcher.watch(self)
         self._reading = asyncio.current_task()
         self._frames.write(chatnest.START)
-        self.pump = self._loop.create_task(self._run())
-        self.pump.add_done_callback(self._pump_has_ended)
+        self._pump = self._loop.create_task(self._run())
+        self._pump.add_done_callback(self._pump_has_ended)
         self._deadlines.begin(self.interrupt)
 
     async def _run(self) -> None:
@@ -230,8 +227,8 @@ class Chat:
         except asyncio.CancelledError:
             if self._why is None:
                 raise
-            assert self.pump
-            self.pump.uncancel()
+            assert self._pump
+            self._pump.uncancel()
             if not (isinstance(self._why, Enough) and self._call):
                 raise self._why from None
             self._call.answer.end()
@@ -357,7 +354,7 @@ class Chat:
     def _conclude(self, outcome: Reservation.Outcome) -> Settle:
         """The settlement, and all that the chat has is given back."""
         self._settled = True
-        if self.pump is None:
+        if self._pump is None:
             _chats.discard(self)
         self._deadlines.end()
         self._slot.release()
@@ -423,10 +420,10 @@ async def end_streams() -> None:
     """
     loop = asyncio.get_running_loop()
     _ending.add(loop)
-    while chats := [chat for chat in _chats if chat.is_in(loop)]:
+    while chats := [chat for chat in _chats if chat._loop is loop]:
         for chat in chats:
             chat.interrupt(Restarting(retry_after=1))
-        if pumps := [chat.pump for chat in chats if chat.pump]:
+        if pumps := [chat._pump for chat in chats if chat._pump]:
             await asyncio.wait(pumps)
 
 

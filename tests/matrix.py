@@ -1,6 +1,6 @@
 """The suite on every Python and Django that chatnest supports, with the oldest and the newest packages it allows.
 
-``python -m tests.matrix`` runs all of it, ``python -m tests.matrix corners`` the two that CI runs, and
+``python -m tests.matrix`` runs all of it, ``python -m tests.matrix corners`` the two extremes, and
 ``python -m tests.matrix 3.12-6.0-newest`` one; what follows ``--`` is pytest's. Each runs in an environment of its own.
 A Python that is not on this machine is left out, and said; with CI it must be there.
 

@@ -129,7 +129,6 @@ def test_a_slow_receiver_is_left_behind_and_streams_go_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(signals, "MOST_WAITING", 2)
-    monkeypatch.setattr(announcer.put.__func__, "__kwdefaults__", {"most": 2})
     gate = threading.Event()
 
     def slow(**facts: Any) -> None:

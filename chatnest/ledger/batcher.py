@@ -62,11 +62,6 @@ class Batcher:
         """What was known of a model when the policy was last read."""
         return self._policies.calibration(provider, model)
 
-    def prompt_excess(self, provider: str, model: str) -> int:
-        """What reports have taught to add to the bound of a prompt."""
-        calibration = self.calibration(provider, model)
-        return calibration.prompt_excess if calibration else 0
-
     def forget_policy(self, *, calibrations: bool = False) -> None:
         self._policies.forget(calibrations=calibrations)
 

@@ -157,7 +157,8 @@ def _tell_if_crossed(book: Book, budget: Budget, needed: int = 0) -> None:
     day, account = budget.period, budget.account
     limit = budget.limit if budget.whole is None else budget.whole
     used = book.used(day, account)
-    percent = 100 if used + max(1, needed) > limit else 80 if used >= 0.8 * limit else 50 if used >= 0.5 * limit else 0
+    is_full = used + max(1, needed) > limit
+    percent = 100 if is_full else max((one for one in (50, 80) if 100 * used >= one * limit), default=0)
     if used > 0 and percent > book.crossed(day, account):
         book.cross(day, account, percent)
         book.after_commit(partial(tell_crossed, account, day, percent=percent, used=used, limit=limit))

@@ -86,15 +86,15 @@ class Reserve:
         day = today()
         return replace(self, id=new_id(), budgets=[replace(budget, period=day) for budget in self.budgets])
 
-    def or_else(self, provider: str, model: str, prompt_tokens: int, prompt_excess: int) -> tuple[Reserve, Reserve]:
-        """This and the same of another model, which counts the prompt so: two that one hold pays for.
+    def or_else(self, other: Reserve) -> tuple[Reserve, Reserve]:
+        """This, and the same with the model of ``other``, whose prompt that counts: two that one hold pays for.
 
         What either has above its model's own bound counts as excess, so that reports teach each the right one.
         """
-        most = max(self.prompt_tokens, prompt_tokens)
+        most = max(self.prompt_tokens, other.prompt_tokens)
         mine = replace(self, prompt_tokens=most, prompt_excess=self.prompt_excess + most - self.prompt_tokens)
-        its = prompt_excess + most - prompt_tokens
-        return mine, replace(mine, provider=provider, model=model, prompt_excess=its)
+        its = other.prompt_excess + most - other.prompt_tokens
+        return mine, replace(mine, provider=other.provider, model=other.model, prompt_excess=its)
 
     def held(self, output_tokens: int = 0, remaining: int = 0) -> Hold:
         """The hold that answers this; without the numbers, as one knows it who did not hear the answer."""
