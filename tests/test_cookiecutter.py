@@ -31,6 +31,7 @@ from .benchmarks.machine import ROOT
 from .benchmarks.processes import Serving, free_port, serving
 from .client import Answer, Client, RawStream
 from .conftest import eventually, not_here
+from .packing import run, uv, wheel
 from .settings import POSTGRES
 from .test_demo import OURS
 from .test_readme import LIFESPAN, SETTINGS, URL
@@ -45,27 +46,6 @@ SERVERS = {
     "production": "gunicorn config.asgi:application -k uvicorn_worker.UvicornWorker -w 2 -b 127.0.0.1:{port}",
 }
 PATIENCE = 30
-
-
-def run(*command: str, **options: Any) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    return ran.stdout + ran.stderr
-
-
-def uv(*arguments: str) -> str:
-    return run(sys.executable, "-m", "uv", *arguments)
-
-
-def wheel(folder: Path) -> Path:
-    """Of a copy: what an older build left beside the sources would be packed too."""
-    source = folder / "source"
-    source.mkdir()
-    shutil.copytree(ROOT / "chatnest", source / "chatnest", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    uv("build", "--quiet", "--wheel", "--python", sys.executable, "--out-dir", str(folder), str(source))
-    return next(folder.glob("*.whl"))
 
 
 class Site:
