@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,14 @@ SERVERS = {
     "hypercorn": f"hypercorn {SITE} -b 127.0.0.1:{{port}} --graceful-timeout 1",
     "daphne": f"daphne {SITE} -p {{port}}",
 }
+# Of the site in a file that is saved again; gunicorn with SIGHUP, since uvicorn's worker does not heed --reload.
+# daphne has none.
+RELOADING = {
+    "uvicorn": "uvicorn edited:application --port {port} --reload --reload-dir {folder}",
+    "hypercorn": "hypercorn edited:application -b 127.0.0.1:{port} --reload --graceful-timeout 1",
+    "gunicorn": "gunicorn edited:application -k uvicorn_worker.UvicornWorker -b 127.0.0.1:{port}",
+    "granian": "granian edited:application --interface asgi --port {port} --reload --reload-paths {folder}",
+}
 CLOSE_FIRST = ("uvicorn", "hypercorn", "daphne")  # the connections of their readers
 
 Serve = Callable[..., Serving]
@@ -58,16 +68,16 @@ Serve = Callable[..., Serving]
 def serve(database: str, upstream: FakeUpstream, known_model: object) -> Iterator[Serve]:
     """The site in a process of its own, under a server that a team may have chosen.
 
-    ``serve("daphne", GAP_SECONDS=1)``
+    ``serve(SERVERS["daphne"], GAP_SECONDS=1)``
     """
     with ExitStack() as processes:
 
-        def serve(name: str, **changes: Any) -> Serving:
-            package = name.split()[0]
+        def serve(line: str, *, folder: Path | None = None, **changes: Any) -> Serving:
+            package = line.split()[0]
             if not find_spec(package) and not os.environ.get("CI"):
                 pytest.skip(f"{package} is not installed")
             port = free_port()
-            command = (sys.executable, "-m", *SERVERS[name].format(port=port).split())
+            command = (sys.executable, "-m", *line.format(port=port, folder=folder).split())
             env = environment(url_of(connections[database].settings_dict), upstream.url, **changes)
             return processes.enter_context(serving(*command, port=port, env=env))
 
@@ -80,7 +90,7 @@ def test_a_server_streams_and_hears_who_leaves_and_settles_all_it_can_before_it_
     name: str, serve: Serve, upstream: FakeUpstream, settled: Settled, database: str
 ) -> None:
     upstream.replies(Reply("one", " two", " three", gate_after=2))
-    server = serve(name)
+    server = serve(SERVERS[name])
     client = Client(server.port)
     with client.stream(x_forwarded_for="10.0.0.0") as reader:
         assert [reader.until("token")[1] for _ in range(2)] == ['"one"', '" two"']  # the model has not said more
@@ -105,11 +115,43 @@ def test_a_server_streams_and_hears_who_leaves_and_settles_all_it_can_before_it_
     assert " chatnest" not in server.log.read_text(), "the package has complained"
 
 
+@pytest.mark.parametrize("name", RELOADING)
+@on_sqlite
+def test_a_server_that_reloads_settles_what_was_open_and_serves_what_was_saved(
+    name: str, serve: Serve, upstream: FakeUpstream, settled: Settled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from project.asgi import application\n\nprint('loaded', {number}, flush=True)\n"
+    site = tmp_path / "edited.py"
+    site.write_text(code.format(number=1))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    upstream.replies(Reply("one", " two", gate_after=1))
+    server = serve(RELOADING[name], folder=tmp_path)
+    client = Client(server.port)
+    with client.stream() as stream:
+        stream.until("token")
+        site.write_text(code.format(number=2))
+        if name == "gunicorn":
+            server.process.send_signal(signal.SIGHUP)
+        upstream.wait_for_disconnect(timeout=PATIENCE_SECONDS)
+    (row,) = settled()
+    assert (row.outcome, row.usage_source) == ("cancelled", "counted"), server.log.read_text()
+    upstream.replies(Reply("three"))
+    eventually(lambda: "loaded 2" in server.log.read_text(), PATIENCE_SECONDS)
+
+    def answers() -> bool:
+        with suppress(ConnectionError):
+            return '"three"' in client.chat().text
+        return False
+
+    eventually(answers, PATIENCE_SECONDS)
+
+
 @on_sqlite
 def test_an_answer_that_is_read_on_unseen_is_settled_too(serve: Serve, upstream: FakeUpstream, database: str) -> None:
     """No server knows of it: its request is over."""
     upstream.replies(Reply("one", " two", gate_after=1))
-    server = serve("uvicorn", ON_DISCONNECT="drain")
+    server = serve(SERVERS["uvicorn"], ON_DISCONNECT="drain")
     with Client(server.port).stream(x_forwarded_for="10.0.0.0") as reader:
         reader.until("token")
     server.process.terminate()
@@ -121,7 +163,7 @@ def test_an_answer_that_is_read_on_unseen_is_settled_too(serve: Serve, upstream:
 @on_sqlite
 def test_an_answer_may_still_come_to_its_end(serve: Serve, upstream: FakeUpstream, settled: Settled) -> None:
     upstream.replies(Reply("one", " two", gate_after=1))
-    server = serve("uvicorn without a timeout")
+    server = serve(SERVERS["uvicorn without a timeout"])
     with Client(server.port).stream(x_forwarded_for="10.0.0.0") as reader:
         reader.until("token")
         server.process.terminate()
