@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 from django.apps import AppConfig, apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections, router
+from django.utils.version import get_version_tuple
 
 from . import hooks, tokens
 from .conf import DEFAULT_PROVIDER, NAMES, complaint, provider, provider_names, settings
@@ -117,7 +118,23 @@ def _check_protection() -> list[CheckMessage]:
                 id="chatnest.W004",
             )
         )
+    if _is_older("uvloop", (0, 23)):
+        messages.append(
+            Warning(
+                "uvloop before 0.23 may leave a connection open that is given up while it is made: the provider's too.",
+                hint="Upgrade uvloop, or serve with asyncio's own loop.",
+                id="chatnest.W009",
+            )
+        )
     return messages
+
+
+def _is_older(package: str, version: tuple[int, int]) -> bool:
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return get_version_tuple(installed)[:2] < version
 
 
 @register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import metadata
 from io import StringIO
 from typing import Any
 
@@ -268,6 +269,16 @@ def test_a_client_that_cannot_be_imported_is_named(configure: Configure, path: s
     assert path in message.msg and "'azure'" in message.msg
     configure(PROVIDERS={"azure": {"CLIENT": "tests.test_accounts.by_tenant"}, "other": {"CLIENT": by_tenant}})
     assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "warned"), [("0.22.1", True), ("0.23.0", False), ("0.23.0rc1", False), ("1.0.0", False)]
+)
+def test_a_loop_that_leaves_connections_open_is_named(
+    monkeypatch: pytest.MonkeyPatch, installed: str, warned: bool
+) -> None:
+    monkeypatch.setattr(metadata, "version", {"uvloop": installed}.__getitem__)
+    assert ids() == (["chatnest.W009"] if warned else [])
 
 
 def test_the_default_provider_may_have_its_key_in_providers(configure: Configure) -> None:

@@ -27,7 +27,6 @@ import pytest
 
 from chatnest.testing import FakeUpstream, Reply
 
-from .benchmarks.machine import ROOT
 from .benchmarks.processes import Serving, free_port, serving
 from .client import Answer, Client, RawStream
 from .conftest import eventually, not_here
