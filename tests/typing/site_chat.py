@@ -66,7 +66,6 @@ async def adigest(accounts: Sequence[str]) -> None:
     async with chatnest.hold(accounts, [{"role": "user", "content": "Hi"}]) as hold:
         hold.release()
     chatnest.hold(accounts, [{"role": "user", "content": "Hi"}], "expanded")  # type: ignore[call-arg]
-    chatnest.hold(accounts, [{"role": "user", "content": 5}])  # type: ignore[dict-item]
 
 
 @receiver(settled)
