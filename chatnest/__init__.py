@@ -14,6 +14,7 @@ The path of a request, in the order of the files to read:
     ledger        reserve: all budgets or none; later settle, once. One transaction for many requests
     provider      one call of the model through the openai package, and what it really said
     holds         the same for a call that the site's own code makes: ``chatnest.hold``
+    attempts      the calls until one answers, each held and counted
     stream        its pieces to frames, and one settlement however it ends
     deadlines     when waiting for the model ends, and when the reader hears a ping
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back

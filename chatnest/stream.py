@@ -1,7 +1,7 @@
 """One chat: from a committed hold to the upstream, to frames, to settlement. However it ends, it settles once.
 
-A task of its own, the pump, makes the call, reads it to its end and settles; the response takes the frames that the
-pump has made. No read is interrupted but to end it.
+A task of its own, the pump, has the call made, reads it to its end and settles; the response takes the frames that
+the pump has made. No read is interrupted but to end it.
 
 How it may end, and where that is noticed:
     the answer is complete, broken, too long or too late    in the pump
@@ -18,7 +18,6 @@ import asyncio
 import atexit
 import logging
 import os
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
@@ -26,26 +25,20 @@ from weakref import WeakSet
 
 from django.utils.translation import get_language, override
 
-from .conf import provider, settings
+from .attempts import Attempts
+from .conf import settings
 from .deadlines import GRACE_SECONDS, Deadlines, Enough
-from .errors import ChatError, InternalError, Paused, Restarting, UpstreamError
+from .errors import ChatError, InternalError, Paused, Restarting
 from .frames import Frames
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
-from .ledger.charges import Billed, Received, most_received, settlement
 from .models import Reservation
-from .provider.answer import FinishReason
-from .provider.call import Call
 from .provider.chunks import Kind, Piece
 from .signals import Exchange, settled
 from .slots import StreamSlot
-from .tokens import TokenCounter
 from .wires import Message, Usage, chatnest
 
 logger = logging.getLogger("chatnest.stream")
-
-PING_SECONDS: Final = 1  # a longer wait before a retry is told the reader
-RETRY_SECONDS: Final = 0.5
 
 Outcome = Reservation.Outcome
 
@@ -74,11 +67,7 @@ class ChatStream:
 
 
 class Chat:
-    """Owns its hold, its calls and its slot. It begins when the first frame is asked for, and lives as its pump does.
-
-    ``ask``: what was reserved with; a retry of what may have been billed reserves again. ``fallback``: the same with
-    another model, to be asked where the first fails.
-    """
+    """Owns its attempts, frames and slot. It begins when the first frame is asked for, and lives as its pump does."""
 
     def __init__(
         self,
@@ -92,10 +81,8 @@ class Chat:
         metadata: Any,
         slot: StreamSlot,
     ) -> None:
-        self._ask = ask
-        self._fallback = fallback
+        self._attempts = Attempts(self, ask, hold, messages, fallback=fallback, temperature=temperature)
         self._messages = messages
-        self._temperature = temperature
         self._dropped = dropped
         self._metadata = metadata
         self._slot = slot
@@ -105,12 +92,8 @@ class Chat:
         self._language = get_language()  # a middleware may take it back before the end
         self._pump: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[object] | None = None
-        self._call: Call | None = None
-        self._count_for(hold)
         self._text: list[str] | None = [] if settled.has_listeners() else None
         self._first_token_at: float | None = None
-        self._cut = False  # at its allowance, which the provider ignored
-        self._behind = False  # its reader is waited for, while the provider may write on
         self._why: Exception | None = None  # the pump was interrupted
         self._settled = False
         self._patience: asyncio.TimerHandle | None = None  # with a reader who does not come for the end
@@ -118,11 +101,10 @@ class Chat:
         if self._loop in _ending:
             self.interrupt(Restarting(retry_after=1))
 
-    def _count_for(self, hold: Hold) -> None:
-        self.hold = hold
-        self._provider = provider(hold.provider)
-        self._received = TokenCounter(hold.model, self._provider)
-        self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
+    @property
+    def hold(self) -> Hold:
+        """Whose lease is renewed."""
+        return self._attempts.hold
 
     # For the reader, and for operators.
 
@@ -142,7 +124,7 @@ class Chat:
                 self._patience.cancel()
         elif self._pump is None:
             batcher.settle(self._conclude(Outcome.CANCELLED))
-        elif settings.ON_DISCONNECT != "drain" or not (self._call and self._call.billed):
+        elif settings.ON_DISCONNECT != "drain" or not self._attempts.billed:
             self._pump.cancel()
         # Else it is read on unseen, for a provider that bills all of it anyway.
 
@@ -201,8 +183,7 @@ class Chat:
             if self._frames.is_stuck:
                 when = max(self._deadlines.began + settings.MAX_STREAM_SECONDS, self._loop.time() + GRACE_SECONDS)
                 self._patience = self._loop.call_at(when, self._give_up_reader)
-            if self._call:
-                await self._call.close()
+            await self._attempts.close()
 
     def _pump_has_ended(self, pump: asyncio.Task[None]) -> None:
         _chats.discard(self)
@@ -212,88 +193,32 @@ class Chat:
     async def _relay(self) -> None:
         """The answer, to its end. Raises ChatError where it has none, and CancelledError if nobody reads it."""
         try:
-            call = await self._open()
-            limit = most_received(self.hold.output_tokens)
+            call = await self._attempts.open(self._deadlines, self._frames)
+            self._deadlines.answer = call.answer
+            self._deadlines.heard()
             while (pieces := await call.read()) is not None:
                 self._take(pieces)
-                if self._received.exceeds(limit):
-                    self._cut = True
-                    return await call.close()
+                if self._attempts.is_too_long:
+                    return await self._attempts.cut()
                 if self._frames.are_enough:
-                    self._behind = True
+                    self._attempts.behind = True
                     await self._frames.room()
-                    self._behind = False
+                    self._attempts.behind = False
                     self._deadlines.heard()
         except asyncio.CancelledError:
             if self._why is None:
                 raise
             assert self._pump
             self._pump.uncancel()
-            if not (isinstance(self._why, Enough) and self._call):
+            unfinished = self._attempts.call
+            if not (isinstance(self._why, Enough) and unfinished):
                 raise self._why from None
-            self._call.answer.end()
-            self._call.check()
-
-    async def _open(self) -> Call:
-        """The call, opened. Tried again before the first byte only; what may have been billed is settled first."""
-        if self._fallback:  # sooner than the same again
-            call = self._new_call()
-            try:
-                return await self._opened(call)
-            except UpstreamError as error:
-                await self._fall_back(self._fallback, call, error)
-        for attempt in range(settings.UPSTREAM_MAX_RETRIES + 1):
-            call = self._new_call()
-            try:
-                return await self._opened(call)
-            except UpstreamError as error:
-                wait = max(RETRY_SECONDS * 2**attempt * random.uniform(0.75, 1.25), call.retry_in or 0)
-                last = attempt == settings.UPSTREAM_MAX_RETRIES or self._deadlines.is_too_late(wait)
-                if call.retry_in is None or last:
-                    raise
-                if call.billed:
-                    await self._reserve_again(self._ask, error)
-            if wait > PING_SECONDS:
-                self._frames.write(chatnest.PING)
-            await asyncio.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _new_call(self) -> Call:
-        self._call = Call(
-            self._provider,
-            self.hold.model,
-            self._messages,
-            max_tokens=self.hold.output_tokens,
-            temperature=self._temperature,
-        )
-        return self._call
-
-    async def _opened(self, call: Call) -> Call:
-        await call.open()
-        self._deadlines.answer = call.answer
-        self._deadlines.heard()
-        return call
-
-    async def _fall_back(self, fallback: Reserve, call: Call, error: UpstreamError) -> None:
-        if call.billed:
-            await self._reserve_again(fallback, error)
-        else:  # the same hold pays
-            self._ask, self._call = fallback, None
-            self._count_for(fallback.held(self.hold.output_tokens, self.hold.remaining))
-
-    async def _reserve_again(self, ask: Reserve, error: UpstreamError) -> None:
-        batcher.settle(self._settlement(Outcome.UPSTREAM_ERROR))
-        batcher.unwatch(self)
-        self._ask, self._call = ask.again(), None
-        try:
-            self._count_for(await batcher.reserve(self._ask))
-        except ChatError:
-            raise error from None
-        batcher.watch(self)
+            unfinished.answer.end()
+            unfinished.check()
 
     def _take(self, pieces: list[Piece]) -> None:
         frames = []
-        self._received.add("".join([text for _, text in pieces]), len(pieces))
+        self._attempts.count(pieces)
         if self._first_token_at is None and pieces:
             self._first_token_at = self._loop.time()
         for kind, text in pieces:
@@ -301,10 +226,8 @@ class Chat:
                 frames.append(chatnest.token(text))
                 if self._text is not None:
                     self._text.append(text)
-            elif kind is Kind.REASONING:
-                self._reasoning.add(text)
-                if settings.SHOW_REASONING:
-                    frames.append(chatnest.reasoning(text))
+            elif kind is Kind.REASONING and settings.SHOW_REASONING:
+                frames.append(chatnest.reasoning(text))
         self._frames.write(b"".join(frames))
         self._deadlines.heard()
 
@@ -323,15 +246,14 @@ class Chat:
             completion_tokens=settle.completion_tokens,
             total_tokens=settle.total_tokens,
             remaining=remaining,
-            finish_reason=self._finish_reason or "stop",
+            finish_reason=self._attempts.finish_reason or "stop",
             dropped_messages=self._dropped,
         )
         self._frames.write(chatnest.done(usage))
 
     async def _fail(self, problem: ChatError | None) -> None:
         """``problem`` is None where the pump was cancelled."""
-        if self._call:
-            await self._call.close()
+        await self._attempts.close()
         if self._settled:
             return
         if problem is None or self._frames.left:
@@ -359,7 +281,7 @@ class Chat:
         self._deadlines.end()
         self._slot.release()
         batcher.unwatch(self)
-        settle = self._settlement(outcome)
+        settle = self._attempts.settlement(outcome)
         return settle if self._text is None else replace(settle, exchange=self._exchange(self._text))
 
     def _exchange(self, text: list[str]) -> Exchange:
@@ -367,39 +289,10 @@ class Chat:
         return Exchange(
             messages=self._messages,
             text="".join(text),
-            finish_reason=self._finish_reason,
+            finish_reason=self._attempts.finish_reason,
             time_to_first_token=None if first is None else first - began,
             duration=self._loop.time() - began if began else 0.0,
             metadata=self._metadata,
-        )
-
-    @property
-    def _finish_reason(self) -> FinishReason | None:
-        if self._cut:
-            return "length"
-        return self._call.answer.finish_reason if self._call else None
-
-    def _settlement(self, outcome: Reservation.Outcome) -> Settle:
-        received = self._what_came()
-        # Who drains has a provider that bills an answer to its end: so where this end was not read.
-        unfinished = settings.ON_DISCONNECT == "drain" and not received.ended
-        unreported = "held" if unfinished else self._provider.unreported
-        calibration = batcher.calibration(self.hold.provider, self.hold.model)
-        return settlement(self.hold, outcome, received, calibration, unreported)
-
-    def _what_came(self) -> Received:
-        call = self._call
-        if not (call and call.billed):
-            return Received(billed=Billed.NOTHING)
-        return Received(
-            billed=Billed.PROMPT if call.refused else Billed.ANSWER,
-            tokens=self._received.total(),
-            reasoning_tokens=self._reasoning.total(),
-            ended=call.answer.ended,
-            cut=self._cut,
-            behind=self._behind,
-            report=call.answer.report,
-            report_is_last=call.answer.report_is_whole,
         )
 
     def _give_up_reader(self) -> None:

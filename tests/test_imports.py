@@ -24,7 +24,7 @@ FLOORS = [
     {"models"},
     {"policy", "signals"},
     {"ledger"},
-    {"refusals", "stream"},
+    {"refusals", "attempts", "stream"},
     {"holds"},
     {"asgi"},
     {"views", "urls"},
