@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import Any
@@ -127,6 +128,26 @@ def _check_protection() -> list[CheckMessage]:
             )
         )
     return messages
+
+
+@register()
+def check_middleware(**kwargs: Any) -> list[CheckMessage]:
+    """Sentry wrapped an async ``process_view`` in a sync function, so that nobody awaited it."""
+    sentry_sdk = sys.modules.get("sentry_sdk")
+    if (
+        sentry_sdk is None
+        or "chatnest.asgi.middleware.CsrfViewMiddleware" not in django_settings.MIDDLEWARE
+        or not _is_older("sentry-sdk", (2, 65))
+        or not sentry_sdk.get_client().get_integration("django")
+    ):
+        return []
+    return [
+        Error(
+            "sentry-sdk before 2.65 makes every page a 500 under chatnest.asgi.middleware.CsrfViewMiddleware.",
+            hint='Upgrade sentry-sdk, or name "django.middleware.csrf.CsrfViewMiddleware" in MIDDLEWARE.',
+            id="chatnest.E031",
+        )
+    ]
 
 
 def _is_older(package: str, version: tuple[int, int]) -> bool:

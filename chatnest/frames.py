@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 MAX_UNREAD: Final = 16 * 1024  # bytes; past that the provider waits
+STUCK: Final = "its reader takes nothing"  # why a request is cancelled: no error of the application
 
 
 class Frames:

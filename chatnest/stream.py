@@ -29,7 +29,7 @@ from .attempts import Attempts
 from .conf import settings
 from .deadlines import GRACE_SECONDS, Deadlines, Enough
 from .errors import ChatError, InternalError, Paused, Restarting
-from .frames import Frames
+from .frames import STUCK, Frames
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
 from .models import Reservation
@@ -298,7 +298,7 @@ class Chat:
     def _give_up_reader(self) -> None:
         """Its last frames are not read: it would keep its task, and what the server has for it, for ever."""
         if self._reading and not self._reading.done():
-            self._reading.cancel()
+            self._reading.cancel(STUCK)
 
 
 _chats: Final[set[Chat]] = set()  # that have a hold: of their pumps, a loop's own references are weak

@@ -43,6 +43,7 @@ from chatnest.asgi import for_streaming
 from chatnest.ledger.batcher import batcher
 from chatnest.models import Account, Profile
 
+from . import settings as tests_settings
 from .benchmarks import processes
 from .conftest import Configure, EditProfile, Settled, port_of, served
 from .facts import compared, facts, summary
@@ -153,7 +154,7 @@ def site(case: Case, server: uvicorn.Server, settings: Any, monkeypatch: pytest.
         yield port_of(server)
         return
     module = ModuleType("case_settings")
-    given = {name: getattr(site_settings, name) for name in dir(site_settings) if name.isupper()}
+    given = {name: getattr(site_settings, name) for name in dir(tests_settings) if name.isupper()}
     vars(module).update(given)
     exec("\n".join(case.get("extra_settings", [])), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)

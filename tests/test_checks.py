@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from importlib import metadata
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,6 +281,18 @@ def test_a_loop_that_leaves_connections_open_is_named(
 ) -> None:
     monkeypatch.setattr(metadata, "version", {"uvloop": installed}.__getitem__)
     assert ids() == (["chatnest.W009"] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("installed", "on", "refused"), [("2.64.0", True, True), ("2.64.0", False, False), ("2.65.0", True, False)]
+)
+def test_a_sentry_that_breaks_every_page_is_named(
+    monkeypatch: pytest.MonkeyPatch, installed: str, on: bool, refused: bool
+) -> None:
+    client = SimpleNamespace(get_integration=lambda name: on and name == "django")
+    monkeypatch.setitem(sys.modules, "sentry_sdk", SimpleNamespace(get_client=lambda: client))
+    monkeypatch.setattr(metadata, "version", {"sentry-sdk": installed, "uvloop": "0.23.0"}.__getitem__)
+    assert ids() == (["chatnest.E031"] if refused else [])
 
 
 def test_the_default_provider_may_have_its_key_in_providers(configure: Configure) -> None:

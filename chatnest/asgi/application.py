@@ -5,12 +5,14 @@ application = for_streaming(get_asgi_application())
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from django.urls import get_resolver
 
+from ..frames import STUCK
 from ..provider.http import tls
 from ..tokens import warm_up
 from .threads import share_threads
@@ -38,8 +40,12 @@ def for_streaming(application: ASGI, *, grace_seconds: float = GRACE_SECONDS) ->
 
     async def worker(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await lifespan(application, receive, send, scope=scope, grace_seconds=grace_seconds)
-        else:
+            return await lifespan(application, receive, send, scope=scope, grace_seconds=grace_seconds)
+        try:
             await serve(scope, receive, send)
+        except asyncio.CancelledError as cancelled:
+            # From Django 6.1 on the task that reads is the server's, which would log a traceback.
+            if cancelled.args != (STUCK,):
+                raise
 
     return worker
