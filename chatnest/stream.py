@@ -6,7 +6,7 @@ the pump has made. No read is interrupted but to end it.
 How it may end, and where that is noticed:
     the answer is complete, broken, too long or too late    in the pump
     the client leaves, or the server cancels                ``aclose``, or ``close`` where Django skips that
-    nobody ever reads it, or forgets to close it            ``__del__``
+    nobody ever reads it, or forgets to close it            ``__del__``, or after a third of its lease
     an operator stops it                                    ``stop``
     the process is told to end                              ``end_streams``, or at its exit
     the process dies                                        the lease: another process charges the hold
@@ -97,6 +97,8 @@ class Chat:
         self._why: Exception | None = None  # the pump was interrupted
         self._settled = False
         self._patience: asyncio.TimerHandle | None = None  # with a reader who does not come for the end
+        # Django 6.1 drops a response, unclosed, whose request is cancelled; and whoever keeps it keeps the hold.
+        self._unread = self._loop.call_later(settings.LEASE_SECONDS / 3, self.interrupt, Restarting(retry_after=1))
         _chats.add(self)
         if self._loop in _ending:
             self.interrupt(Restarting(retry_after=1))
@@ -160,6 +162,7 @@ class Chat:
     # The pump.
 
     def _begin(self) -> None:
+        self._unread.cancel()
         batcher.watch(self)
         self._reading = asyncio.current_task()
         self._frames.write(chatnest.START)
@@ -277,6 +280,7 @@ class Chat:
         """The settlement, and all that the chat has is given back."""
         self._settled = True
         if self._pump is None:
+            self._unread.cancel()
             _chats.discard(self)
         self._deadlines.end()
         self._slot.release()

@@ -31,7 +31,7 @@ TIMEOUT = {
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between attempts nobody waits, unless the provider says how long."""
-    monkeypatch.setattr("chatnest.stream.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("chatnest.attempts.random.uniform", lambda low, high: 0.0)
 
 
 def only(rows: list[Reservation], outcome: str, source: str, tokens: int) -> None:
@@ -321,7 +321,7 @@ def test_after_the_first_byte_nothing_is_tried_again(
 def test_between_attempts_there_is_a_pause_that_grows(
     client: Client, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatnest.stream.random.uniform", lambda low, high: low)
+    monkeypatch.setattr("chatnest.attempts.random.uniform", lambda low, high: low)
     upstream.replies(Reply.refuse(503), Reply.refuse(503), Reply("Hi"))
     began = time.monotonic()
     with client.stream() as stream:

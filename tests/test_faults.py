@@ -36,7 +36,7 @@ from project.asgi import application
 from .benchmarks.processes import ROOT, url_of
 from .bookkeeping import Clock, ask, counters, discrepancies, do, given_back, hold_of, row_of, used
 from .client import HELLO
-from .conftest import eventually
+from .conftest import Configure, eventually
 from .faults import Faults
 
 T = TypeVar("T")
@@ -431,9 +431,10 @@ def cancelled_at(point: int, coroutine: Any, passed: list[int]) -> Iterator[Any]
 @pytest.mark.parametrize(("task", "awaits"), [("process_request", 8), ("Chat._run", 4)], ids=["request", "pump"])
 @pytest.mark.usefixtures("known_model")
 def test_a_request_that_is_cancelled_at_any_await_holds_nothing_and_is_charged_if_it_was_billed(
-    database: str, upstream: FakeUpstream, task: str, awaits: int
+    database: str, upstream: FakeUpstream, configure: Configure, task: str, awaits: int
 ) -> None:
     """The server cancels it there: the client has left, or the process ends."""
+    configure(LEASE_SECONDS=3)
     body = json.dumps(HELLO).encode()
     headers = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))}
     scope = {

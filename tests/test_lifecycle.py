@@ -199,6 +199,23 @@ def test_a_hold_whose_stream_has_not_begun_is_given_back_at_the_end(
 
 
 @on_sqlite
+def test_a_hold_whose_stream_is_kept_and_never_read_is_given_back(
+    database: str, upstream: FakeUpstream, settled: Settled, configure: Configure
+) -> None:
+    configure(LEASE_SECONDS=3)
+
+    async def story() -> bytes:
+        stream = await a_stream()
+        (row,) = await asyncio.to_thread(settled)
+        assert (row.outcome, row.tokens_charged) == ("cancelled", 0)
+        return b"".join([frames async for frames in stream])
+
+    frames = asyncio.run(story())
+    assert frames.startswith(b"event: start\ndata: \n\nevent: error\n") and b'"code":"overloaded"' in frames
+    assert not upstream.requests
+
+
+@on_sqlite
 def test_a_hold_that_is_committed_while_the_process_ends_is_given_back(
     database: str, upstream: FakeUpstream, settled: Settled
 ) -> None:
