@@ -104,7 +104,7 @@ def misnamed(name: str) -> str | None:
         case "key", ":":
             return None if rest else _("Which key?")
     meant = _meant(name)
-    if settings.PAYER is None and not (meant or colon) and (user := _user_named(name)):
+    if settings.PAYER is None and not (meant or colon) and (user := user_named(name)):
         meant = f"user:{user.pk}"
     if meant:
         return _("No request is charged to %(name)s. Did you mean %(meant)s?") % {"name": name, "meant": meant}
@@ -130,13 +130,19 @@ def _unknown_user(pk: str) -> str | None:
                 return None
             return _("Did you mean user:%s?") % user.pk
     problem = _("There is no user with the primary key %s.") % pk
-    user = _user_named(pk)
+    user = user_named(pk)
     return f"{problem} {_('Did you mean user:%s?') % user.pk}" if user else problem
 
 
-def _user_named(name: str) -> Any:
-    users = get_user_model()
-    return users._base_manager.filter(**{users.USERNAME_FIELD: name}).first()
+def user_named(name: str) -> Any:
+    """The user who logs in with that name, or whose e-mail it is if it is nobody else's; or None."""
+    users: Any = get_user_model()
+    if user := users._base_manager.filter(**{users.USERNAME_FIELD: name}).first():
+        return user
+    if "@" not in name:
+        return None
+    having = list(users._base_manager.filter(**{f"{users.get_email_field_name()}__iexact": name})[:2])
+    return having[0] if len(having) == 1 else None
 
 
 def is_stranger(payer: str) -> bool:

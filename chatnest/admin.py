@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import date
 from typing import Any, cast
 
@@ -112,8 +111,7 @@ class AccountForm(forms.ModelForm):
 
 def daily_limit(row: Account, day: date | None = None, policy: Policy | None = None) -> DailyLimit:
     """What is in force with this row, saved or not."""
-    policy = policy or Policy.read(SHARED)
-    return replace(policy, accounts={**policy.accounts, row.name: row}).daily_limit(row.name, day)
+    return (policy or Policy.read(SHARED)).with_row(row).daily_limit(row.name, day)
 
 
 def given(limit: DailyLimit) -> str:

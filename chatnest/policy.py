@@ -119,6 +119,10 @@ class Policy:
         paused = [name for name in pays_from if (row := self.accounts.get(name)) and row.paused]
         return DailyLimit(limit, source, self._decided(account, limit, day), paused[0] if paused else "")
 
+    def with_row(self, row: Account) -> Policy:
+        """As it would be if that were saved."""
+        return replace(self, accounts={**self.accounts, row.name: row})
+
     def _largest_profile(self, payer: str) -> tuple[int, str]:
         """The daily limit of the largest profile that the payer may have, and its name; none if it may have none."""
         limits = {"": 0}

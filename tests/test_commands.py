@@ -12,6 +12,7 @@ from datetime import date
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import User
 from django.core.management import ManagementUtility
 from django.db import OperationalError
 from django.utils import timezone
@@ -23,7 +24,7 @@ from chatnest.management.commands import chatnest_reset_budgets
 from chatnest.models import Account, Adjustment, DailyUsage, Reservation
 
 from .bookkeeping import Clock, ask, counters, discrepancies, do, row_of, used
-from .conftest import on_sqlite
+from .conftest import Configure, on_sqlite
 
 TODAY = date(2026, 11, 22)
 
@@ -395,10 +396,126 @@ def test_no_usage_is_said_in_each_form(database: str, manage: Manage) -> None:
     assert manage("chatnest_usage", "--json", "--csv").code == 2
 
 
+def test_a_misspelt_account_has_no_usage_and_no_success(chats: Hold, manage: Manage) -> None:
+    ran = manage("chatnest_usage", "--account", "user:1", "user1")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "CommandError: No such account: user1. Accounts are named like site or user:7.\n"
+
+
+def test_no_cell_is_a_formula(database: str, manage: Manage) -> None:
+    do(used(do(ask("=1+1")), 10))
+    rows = list(csv.reader(io.StringIO(manage("chatnest_usage", "--csv").out)))
+    assert [row[1] for row in rows] == ["account", "site", "'=1+1"]
+
+
+# chatnest_stop, chatnest_pause, chatnest_grant
+
+
+@pytest.fixture
+def ada(database: str) -> str:
+    """The account of a user, whom people know by name."""
+    return f"user:{User.objects.create_user('ada', 'ada@example.com').pk}"
+
+
+def paused(database: str) -> list[str]:
+    return list(Account.objects.using(database).filter(paused=True).values_list("name", flat=True))
+
+
+def test_the_chat_is_stopped_and_started_again(chats: Hold, manage: Manage, database: str) -> None:
+    assert manage("chatnest_stop") == Ran(
+        0, "The chat is stopped for everybody. 1 running answer ends within 15 seconds.\n", ""
+    )
+    assert paused(database) == ["site"]
+    assert manage("chatnest_stop").out == "The chat was stopped already.\n"
+    assert manage("chatnest_stop", "--resume").lines == [
+        "The chat is answered again, in every process within 5 seconds."
+    ]
+    assert paused(database) == []
+    assert manage("chatnest_stop", "--resume").out == "The chat was not stopped.\n"
+
+
+def test_people_are_paused_by_the_names_they_have(manage: Manage, ada: str, database: str) -> None:
+    hold = do(ask(ada))
+    ran = manage("chatnest_pause", "ADA@example.com", "ada", ada, "ip:192.0.2.1:8080")
+    assert ran.lines == [
+        f"{ada} (ada) is paused. 1 running answer ends within 15 seconds.",
+        "ip:192.0.2.1 is paused. 0 running answers end within 15 seconds.",
+    ]
+    assert paused(database) == ["ip:192.0.2.1", ada]
+    assert manage("chatnest_pause", "ada", "--resume").lines == [
+        f"{ada} (ada) is answered again, in every process within 5 seconds."
+    ]
+    do(used(hold, 10))
+    assert f"{ada} " in manage("chatnest_usage", "--account", "ada").out
+    assert manage("chatnest_reset_budgets", "--account", "ada", "--noinput").lines[0] == f"{ada}: forgave 10 tokens"
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ("adda", "No request is charged to adda. Accounts are named like site, user:7 or ip:192.0.2.1."),
+        ("Site", "No request is charged to Site. Did you mean site?"),
+        ("user:ada", "There is no user with the primary key ada. Did you mean user:{pk}?"),
+        ("ip:192.0.2", "192.0.2 is no IP address."),
+        ("nobody@example.com", "No request is charged to nobody@example.com."),
+        ("", "An account's name is text of 1 to 200 characters"),
+    ],
+)
+def test_who_cannot_be_meant_is_not_paused(manage: Manage, ada: str, database: str, typed: str, problem: str) -> None:
+    ran = manage("chatnest_pause", "ada", typed)
+    assert (ran.code, ran.out, paused(database)) == (1, "", [])
+    assert ran.err.startswith("CommandError: " + problem.format(pk=ada.removeprefix("user:")))
+    assert ran.err.endswith(" Nothing was changed.\n")
+
+
+def test_an_address_of_two_users_is_nobodys(manage: Manage, ada: str, database: str) -> None:
+    User.objects.create_user("ada2", "ada@example.com")
+    assert manage("chatnest_pause", "ada@example.com").code == 1
+    assert paused(database) == []
+
+
+def test_more_for_today_is_granted_and_taken_back(manage: Manage, ada: str, database: str) -> None:
+    do(used(do(ask(ada)), 10))
+    ran = manage("chatnest_grant", "ada", "5,000")
+    assert ran == Ran(0, f"{ada} (ada): 205,000 tokens for 2026-11-22, of which 10 are used.\n", "")
+    row = Account.objects.using(database).get(name=ada)
+    assert (row.extra_tokens, row.extra_day) == (5000, TODAY)
+    assert manage("chatnest_grant", "ada", "0").lines == [
+        f"{ada} (ada): 200,000 tokens for 2026-11-22, of which 10 are used."
+    ]
+    row.refresh_from_db(using=database)
+    assert (row.extra_tokens, row.extra_day) == (None, None)
+    assert manage("chatnest_grant", ada, "7", "--day", "2026-11-23").code == 0
+    row.refresh_from_db(using=database)
+    assert (row.extra_tokens, row.extra_day) == (7, date(2026, 11, 23))
+
+
+def test_a_grant_that_cannot_be_is_refused(manage: Manage, ada: str, database: str) -> None:
+    assert manage("chatnest_grant", "ada", "many").code == 2
+    assert manage("chatnest_grant", "ada", "5", "--day", "2026-11-21").err == (
+        "CommandError: 2026-11-21 is over. Nothing was granted.\n"
+    )
+    assert manage("chatnest_grant", "site", "5").err == (
+        "CommandError: This would change nothing: site has 500,000 tokens a day, and no more may be.\n"
+    )
+    assert not Account.objects.using(database).exclude(extra_tokens=None).exists()
+
+
+@on_sqlite
+def test_in_an_emergency_nobody_is_asked_for_a_key(database: str, manage: Manage, configure: Configure) -> None:
+    configure(OPENAI_BASE_URL="api.example")
+    assert manage("chatnest_usage").code == 1
+    assert manage("chatnest_stop").code == 0
+    assert manage("chatnest_pause", "anonymous").code == 0
+
+
 # All of them
 
 
 COMMANDS = (
+    ("chatnest_stop",),
+    ("chatnest_pause", "anonymous"),
+    ("chatnest_grant", "anonymous", "5"),
     ("chatnest_verify",),
     ("chatnest_reset_budgets", "--all", "--noinput"),
     ("chatnest_prune", "--days", "1"),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import date
 from typing import Any, Final
 
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError, no_translations
 from django.db import Error, IntegrityError
 from django.db.models import Case, QuerySet, When
 
-from ..accounts import SITE
+from ..accounts import NAME_RULE, SHARED, SITE, canonical, is_name, misnamed, user_named
 from ..conf import settings
-from ..models import DailyUsage
+from ..models import Account, DailyUsage
 
 PROGRESS_SECONDS: Final = 1.0
 
@@ -63,6 +66,43 @@ class OperatorCommand(BaseCommand):
                 self.stderr.write(text, str)
 
         return progress
+
+
+def meant(typed: str) -> str:
+    """The account of this name, or of the user who logs in with it or has this e-mail."""
+    name = canonical(typed.strip())
+    if ":" in name or is_known(name):
+        return name
+    user = user_named(name)
+    return f"user:{user.pk}" if user else name
+
+
+def chargeable(typed: str) -> str:
+    """The same. Raises CommandError where no request is charged to it: a slip must not look like a success."""
+    name = meant(typed)
+    if not is_name(name):
+        raise CommandError(f"An account's name is {NAME_RULE}. Nothing was changed.")
+    if not is_known(name) and (problem := misnamed(name)):
+        raise CommandError(f"{problem} Nothing was changed.")
+    return name
+
+
+def is_known(account: str) -> bool:
+    """It has a row, or has been charged."""
+    rows = Account.objects.using(settings.DATABASE_ALIAS).filter(name=account)
+    return account in SHARED or rows.exists() or usage([account]).exists()
+
+
+def described(account: str) -> str:
+    """``user:7 (ada)``"""
+    kind, _, pk = account.partition(":")
+    if kind != "user":
+        return account
+    users: Any = get_user_model()
+    with suppress(ValueError, ValidationError):  # no primary key could be that
+        if user := users._base_manager.filter(pk=pk).first():
+            return f"{account} ({user.get_username()})"
+    return account
 
 
 def usage(accounts: Collection[str] | None = None, **lookups: Any) -> QuerySet[DailyUsage]:

@@ -8,10 +8,9 @@ from typing import Any, Final, cast
 from django.core.management.base import CommandError, CommandParser
 
 from chatnest import ledger
-from chatnest.accounts import SITE
 from chatnest.conf import settings
 from chatnest.ledger import Reset
-from chatnest.models import Account, Reservation
+from chatnest.models import Reservation
 
 from .. import base
 from ..base import count, usage
@@ -34,7 +33,7 @@ class Command(base.OperatorCommand):
             action="extend",
             nargs="+",
             metavar="NAME",
-            help="These accounts, such as site, user:7 or ip:192.0.2.1 (chatnest_usage lists them).",
+            help="These accounts, such as site, user:7, ip:192.0.2.1, or a user's name or e-mail.",
         )
         whose.add_argument(
             "--all", action="store_true", dest="everyone", help="Every account that used anything that day."
@@ -63,6 +62,7 @@ class Command(base.OperatorCommand):
             )
         day = day or ledger.today()
         if account:
+            account = [base.meant(name) for name in account]
             refuse_unknown(account)
         used = {row.account: row.tokens_used for row in usage(account, day=day, tokens_used__gt=0)}
         for name in dict.fromkeys(account or ()):
@@ -101,10 +101,7 @@ class Command(base.OperatorCommand):
 
 def refuse_unknown(accounts: Collection[str]) -> None:
     """A misspelt name must not look like a success."""
-    alias = settings.DATABASE_ALIAS
-    known = {SITE, *Account.objects.using(alias).filter(name__in=accounts).values_list("name", flat=True)}
-    known.update(usage(accounts).values_list("account", flat=True))
-    if unknown := [name for name in accounts if name not in known]:
+    if unknown := [name for name in accounts if not base.is_known(name)]:
         raise CommandError(
             f"No such account: {', '.join(unknown)}. Nothing was reset. Accounts are named like site, "
             "user:7 or ip:192.0.2.1; chatnest_usage lists those that used anything."

@@ -7,7 +7,7 @@ from datetime import date
 from itertools import groupby
 from typing import Any, Final
 
-from django.core.management.base import CommandParser
+from django.core.management.base import CommandError, CommandParser
 
 from chatnest import ledger
 from chatnest.accounts import SITE
@@ -32,7 +32,13 @@ class Command(base.OperatorCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--day", type=base.day, metavar="YYYY-MM-DD", help="The last day shown (default: today).")
         parser.add_argument("--days", type=base.positive, default=1, metavar="N", help="How many days (default: 1).")
-        parser.add_argument("--account", action="extend", nargs="+", metavar="NAME", help="Only these accounts.")
+        parser.add_argument(
+            "--account",
+            action="extend",
+            nargs="+",
+            metavar="NAME",
+            help="Only these accounts, or users.",
+        )
         parser.add_argument(
             "--top",
             type=base.positive,
@@ -54,6 +60,10 @@ class Command(base.OperatorCommand):
     ) -> None:
         last = day or ledger.today()
         first = base.days_earlier(last, days - 1)
+        if account:
+            account = [base.meant(name) for name in account]
+            if unknown := [name for name in account if not base.is_known(name)]:
+                raise CommandError(f"No such account: {', '.join(unknown)}. Accounts are named like site or user:7.")
         rows = base.usage(account, day__range=(first, last)).values_list(*COLUMNS)
         shown = list(biggest(rows.iterator(), top))
         if options["json"]:
@@ -61,11 +71,16 @@ class Command(base.OperatorCommand):
                 json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in shown], default=str, indent=2)
             )
         elif options["csv"]:
-            csv.writer(self.stdout, lineterminator="\n").writerows([COLUMNS, *shown])
+            csv.writer(self.stdout, lineterminator="\n").writerows([COLUMNS, *(map(safe, row) for row in shown)])
         elif shown:
             self.stdout.write("\n".join(table(shown)))
         else:
             self.stdout.write(f"No usage from {first} to {last}." if days > 1 else f"No usage on {last}.")
+
+
+def safe(cell: object) -> object:
+    """No spreadsheet takes it for a formula: https://owasp.org/www-community/attacks/CSV_Injection"""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def biggest(rows: Iterator[Row], top: int | None) -> Iterator[Row]:
