@@ -25,7 +25,7 @@ RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
 CORNERS = ("3.11-5.2-lowest", "3.13-6.1-newest")
 # Minutes, and about the machine, or about servers and a site that have environments of their own.
 LEFT_OUT = ("test_scale.py", "test_real_servers.py", "test_cookiecutter.py")
-PYTEST = ("-m", "pytest", "-q", "-n", "3", "--dist", "loadfile")
+AT_ONCE = ("-n", "3", "--dist", "loadfile")
 PATIENCE_SECONDS = 30 * 60
 
 
@@ -49,13 +49,15 @@ class Cell:
             chosen = ["--resolution", RESOLUTION[self.packages], "--editable", ".[test]", f"django=={self.django}.*"]
             uv("pip", "install", "--quiet", "--python", python, *chosen)
             left_out = [f"--ignore=tests/{name}" for name in LEFT_OUT]
+            suite = [python, "-m", "pytest", "-q", *left_out, *pytest_arguments]
             try:
-                ran = subprocess.run(
-                    [python, *PYTEST, *left_out, *pytest_arguments], cwd=ROOT, timeout=PATIENCE_SECONDS
-                )
+                if subprocess.run([*suite, *AT_ONCE], cwd=ROOT, timeout=PATIENCE_SECONDS).returncode == 0:
+                    return "passed"
+                print("\nWhat failed, again and alone:", flush=True)
+                again = subprocess.run([*suite, "--last-failed"], cwd=ROOT, timeout=PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 return "failed: it hangs"
-        return "passed" if ran.returncode == 0 else f"failed: pytest ended with {ran.returncode}"
+        return f"failed: pytest ended with {again.returncode}" if again.returncode else "passed, some of it alone only"
 
 
 CELLS = [
