@@ -22,7 +22,7 @@ from .ledger.worker import LiveStream
 from .models import Reservation
 from .provider.answer import FinishReason
 from .provider.call import Call
-from .provider.chunks import Kind, Piece
+from .provider.chunks import Piece
 from .tokens import TokenCounter
 from .wires import Message, chatnest
 
@@ -63,7 +63,7 @@ class Attempts:
         self._provider = provider(hold.provider)
         self._most = most_received(hold.output_tokens)
         self._received = TokenCounter(hold.model, self._provider)
-        self._reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
+        self.reasoning = TokenCounter(hold.model, self._provider)  # the part of it that was shown
 
     # Calls.
 
@@ -133,9 +133,6 @@ class Attempts:
 
     def count(self, pieces: Sequence[Piece]) -> None:
         self._received.add("".join([text for _, text in pieces]), len(pieces))
-        for kind, text in pieces:
-            if kind is Kind.REASONING:
-                self._reasoning.add(text)
 
     @property
     def is_too_long(self) -> bool:
@@ -167,7 +164,7 @@ class Attempts:
         return Received(
             billed=Billed.PROMPT if call.refused else Billed.ANSWER,
             tokens=self._received.total(),
-            reasoning_tokens=self._reasoning.total(),
+            reasoning_tokens=self.reasoning.total(),
             ended=call.answer.ended,
             cut=self._cut,
             behind=self.behind,

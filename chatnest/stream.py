@@ -229,8 +229,10 @@ class Chat:
                 frames.append(chatnest.token(text))
                 if self._text is not None:
                     self._text.append(text)
-            elif kind is Kind.REASONING and settings.SHOW_REASONING:
-                frames.append(chatnest.reasoning(text))
+            elif kind is Kind.REASONING:
+                self._attempts.reasoning.add(text)
+                if settings.SHOW_REASONING:
+                    frames.append(chatnest.reasoning(text))
         self._frames.write(b"".join(frames))
         self._deadlines.heard()
 

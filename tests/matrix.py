@@ -2,7 +2,7 @@
 
 ``python -m tests.matrix`` runs all of it, ``python -m tests.matrix corners`` the two extremes, and
 ``python -m tests.matrix 3.12-6.0-newest`` one; what follows ``--`` is pytest's. Each runs in an environment of its own.
-A Python that is not on this machine is left out, and said.
+A Python that is not on this machine is left out, and said; with CI it must be there.
 
 uv alone, since neither tox nor nox finds pyenv's Pythons unless they are switched on.
 """
@@ -51,13 +51,10 @@ class Cell:
             left_out = [f"--ignore=tests/{name}" for name in LEFT_OUT]
             suite = [python, "-m", "pytest", "-q", *left_out, *pytest_arguments]
             try:
-                if subprocess.run([*suite, *AT_ONCE], cwd=ROOT, timeout=PATIENCE_SECONDS).returncode == 0:
-                    return "passed"
-                print("\nWhat failed, again and alone:", flush=True)
-                again = subprocess.run([*suite, "--last-failed"], cwd=ROOT, timeout=PATIENCE_SECONDS)
+                ran = subprocess.run([*suite, *AT_ONCE], cwd=ROOT, timeout=PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 return "failed: it hangs"
-        return f"failed: pytest ended with {again.returncode}" if again.returncode else "passed, some of it alone only"
+        return "passed" if ran.returncode == 0 else f"failed: pytest ended with {ran.returncode}"
 
 
 CELLS = [
@@ -103,7 +100,8 @@ def main(arguments: list[str]) -> int:
             began = time.monotonic()
             became[cell] = f"{cell.run(arguments[cut + 1 :])} ({time.monotonic() - began:.0f} s)"
     print("\n".join(f"{cell}  {what}" for cell, what in became.items()))
-    return 0 if all(what.startswith(("passed", "no Python")) for what in became.values()) else 1
+    good = ("passed",) if "CI" in os.environ else ("passed", "no Python")
+    return 0 if all(what.startswith(good) for what in became.values()) else 1
 
 
 if __name__ == "__main__":

@@ -1069,11 +1069,10 @@ def test_any_error_in_a_stream_is_a_failure(error: object) -> None:
 
 def test_what_is_nested_too_deeply_is_not_followed() -> None:
     error: object = {"code": "invalid_api_key"}
-    for _ in range(5000):
+    for _ in range(100_000):  # since 3.13 Python follows 5,000
         error = {"error": error}
     failure = said(error)
-    assert_sound(failure)
-    assert type(failure.error) is UpstreamBroken
+    assert (type(failure.error), failure.words) == (UpstreamBroken, "dict")
 
 
 @given(st.text(st.characters()), st.integers(0, 50))

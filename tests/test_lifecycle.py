@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,10 +62,13 @@ RELOADING = {
 # It awaits its asyncio.Server's wait_closed(), which since 3.12 waits for open connections, before its timeout begins:
 # https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.Server.wait_closed
 waits = pytest.mark.xfail(sys.version_info >= (3, 12), reason="hypercorn waits for open answers", run=False)
-MARKS = {"hypercorn": waits}
 CLOSE_FIRST = ("uvicorn", "hypercorn", "daphne")  # the connections of their readers
 
 Serve = Callable[..., Serving]
+
+
+def each(servers: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=waits if name == "hypercorn" else ()) for name in servers]
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def serve(database: str, upstream: FakeUpstream, known_model: object) -> Iterato
         yield serve
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SERVERS])
+@pytest.mark.parametrize("name", each(SERVERS))
 @on_sqlite
 def test_a_server_streams_and_hears_who_leaves_and_settles_all_it_can_before_it_ends(
     name: str, serve: Serve, upstream: FakeUpstream, settled: Settled, database: str
@@ -119,7 +122,7 @@ def test_a_server_streams_and_hears_who_leaves_and_settles_all_it_can_before_it_
     assert " chatnest" not in server.log.read_text(), "the package has complained"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in RELOADING])
+@pytest.mark.parametrize("name", each(RELOADING))
 @on_sqlite
 def test_a_server_that_reloads_settles_what_was_open_and_serves_what_was_saved(
     name: str, serve: Serve, upstream: FakeUpstream, settled: Settled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

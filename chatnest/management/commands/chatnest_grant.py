@@ -24,7 +24,7 @@ class Command(base.OperatorCommand):
     requires_system_checks = ()  # about keys and settings: not now
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("account", metavar="NAME", help="Such as user:7, ip:192.0.2.1, or a user's name or e-mail.")
+        parser.add_argument("account", metavar="NAME", help=base.WHO)
         parser.add_argument("tokens", type=tokens, help="How many more, such as 20000.")
         parser.add_argument("--day", type=base.day, metavar="YYYY-MM-DD", help="Which day (default: today).")
 

@@ -20,9 +20,7 @@ class Command(base.OperatorCommand):
     requires_system_checks = ()  # about keys and settings: not now
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument(
-            "accounts", nargs="+", metavar="NAME", help="Such as user:7, ip:192.0.2.1, or a user's name or e-mail."
-        )
+        parser.add_argument("accounts", nargs="+", metavar="NAME", help=base.WHO)
         parser.add_argument("--resume", action="store_true", help="Let them chat again.")
 
     def run(self, *args: Any, accounts: list[str], resume: bool, **options: Any) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Collection, Set
+from collections.abc import Set
 from datetime import date
 from typing import Any, Final, cast
 
@@ -16,6 +16,10 @@ from .. import base
 from ..base import count, usage
 
 REASON: Final = "chatnest_reset_budgets"
+UNKNOWN: Final = (
+    "Nothing was reset. Accounts are named like site, user:7 or ip:192.0.2.1; chatnest_usage lists those that used "
+    "anything."
+)
 BATCH: Final = 500  # accounts a transaction: live requests wait for no more than these
 
 
@@ -62,8 +66,7 @@ class Command(base.OperatorCommand):
             )
         day = day or ledger.today()
         if account:
-            account = [base.meant(name) for name in account]
-            refuse_unknown(account)
+            account = base.charged(account, UNKNOWN)
         used = {row.account: row.tokens_used for row in usage(account, day=day, tokens_used__gt=0)}
         for name in dict.fromkeys(account or ()):
             if name not in used:
@@ -97,15 +100,6 @@ class Command(base.OperatorCommand):
                 f"Still reserved by {count(len(held), 'open stream')}: {count(sum(held), 'token')}. "
                 "What they use will count."
             )
-
-
-def refuse_unknown(accounts: Collection[str]) -> None:
-    """A misspelt name must not look like a success."""
-    if unknown := [name for name in accounts if not base.is_known(name)]:
-        raise CommandError(
-            f"No such account: {', '.join(unknown)}. Nothing was reset. Accounts are named like site, "
-            "user:7 or ip:192.0.2.1; chatnest_usage lists those that used anything."
-        )
 
 
 def confirm(question: str) -> None:

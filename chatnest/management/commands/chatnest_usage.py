@@ -7,7 +7,7 @@ from datetime import date
 from itertools import groupby
 from typing import Any, Final
 
-from django.core.management.base import CommandError, CommandParser
+from django.core.management.base import CommandParser
 
 from chatnest import ledger
 from chatnest.accounts import SITE
@@ -61,9 +61,7 @@ class Command(base.OperatorCommand):
         last = day or ledger.today()
         first = base.days_earlier(last, days - 1)
         if account:
-            account = [base.meant(name) for name in account]
-            if unknown := [name for name in account if not base.is_known(name)]:
-                raise CommandError(f"No such account: {', '.join(unknown)}. Accounts are named like site or user:7.")
+            account = base.charged(account, "Accounts are named like site or user:7.")
         rows = base.usage(account, day__range=(first, last)).values_list(*COLUMNS)
         shown = list(biggest(rows.iterator(), top))
         if options["json"]:
