@@ -35,6 +35,7 @@ ANONYMOUS: Final = "anonymous"
 KINDS: Final = ("user", "ip", "key")
 SHARED: Final = (SITE, ANONYMOUS)  # by many payers; they are nobody's own
 UNKNOWN: Final = "unknown"
+ACCOUNT_LENGTH: Final = 200
 # All but what nobody can see or type: control characters (no database keeps all of them), line breaks, halves of
 # surrogate pairs, space at an end.
 _NAME: Final = re.compile(r"(?!\s)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}(?<!\s)")

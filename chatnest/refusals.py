@@ -14,7 +14,7 @@ from datetime import date, datetime
 from typing import Final
 
 from .accounts import ANONYMOUS, SITE, is_stranger
-from .conf import now, settings, today
+from .conf import moment, now, settings, stored, today
 from .errors import ChatError, DailyBudgetExceeded, RateLimited
 from .ledger.batcher import batcher
 from .ledger.bulk import insert, run, table
@@ -29,7 +29,7 @@ WRITE_SECONDS: Final = 1.0
 AWAY_SECONDS: Final = 10.0  # after a write that failed
 DETAIL_LENGTH: Final = 200
 
-Key = tuple[date, str, str]  # the day, the account, the code
+Key = tuple[datetime, str, str]  # the hour, the account, the code
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Refusals:
         """A new process's state: also after a fork, or what the parent counted would be written twice."""
         self._remembered: dict[tuple[str, str], Remembered] = {}  # by payer and profile, the oldest first
         self._tallies: dict[Key, Tally] = {}
-        self._named: set[Key] = set()
+        self._named: set[tuple[str, str]] = set()
         self._day: date | None = None
         self._lock = threading.Lock()  # the chat's loops and the site's threads count, the ledger's writes
         self._is_due = False  # somebody will write
@@ -122,15 +122,15 @@ class Refusals:
 
     def _key(self, payer: str, code: str) -> Key:
         """Under the payer's name; of so many that a day has, under what they share."""
-        day = today()
-        if day != self._day:
+        hour = moment().replace(minute=0, second=0, microsecond=0)
+        if (day := today(hour)) != self._day:
             self._day, self._named = day, set()
-        key = (day, payer, code)
-        if key not in self._named:
+        name = (payer, code)
+        if name not in self._named:
             if len(self._named) >= MOST_NAMES:
-                return day, ANONYMOUS if is_stranger(payer) else SITE, code
-            self._named.add(key)
-        return key
+                return hour, ANONYMOUS if is_stranger(payer) else SITE, code
+            self._named.add(name)
+        return hour, payer, code
 
     def _write(self) -> None:
         """In the ledger's thread."""
@@ -159,14 +159,14 @@ def _payer_and_profile(terms: Terms) -> tuple[str, str]:
 
 
 def _row(key: Key, tally: Tally) -> dict[str, object]:
-    day, account, code = key
-    return {"day": day, "account": account, "code": code, **asdict(tally)}
+    hour, account, code = key
+    return {"day": today(hour), "hour": stored(hour), "account": account, "code": code, **asdict(tally)}
 
 
 def _insert(rows: list[dict[str, object]]) -> None:
     alias = settings.DATABASE_ALIAS
     more = (
-        'ON CONFLICT ("day", "account", "code") DO UPDATE SET '
+        'ON CONFLICT ("hour", "account", "code") DO UPDATE SET '
         f'"count" = {table(Refusal)}."count" + excluded."count", '
         '"last_at" = excluded."last_at", "last_detail" = excluded."last_detail"'
     )

@@ -398,7 +398,13 @@ def test_who_was_refused_just_before_a_polite_end_is_counted(database: str) -> N
 @on_sqlite
 def test_the_admin_shows_them_to_read(database: str) -> None:
     Refusal.objects.create(
-        day=today(), account=PAYER, code="rate_limited", count=1234, last_at=timezone.now(), last_detail="request 31"
+        day=today(),
+        hour=timezone.now(),
+        account=PAYER,
+        code="rate_limited",
+        count=1234,
+        last_at=timezone.now(),
+        last_detail="request 31",
     )
     browser = Browser()
     browser.force_login(User.objects.create_superuser("operator"))

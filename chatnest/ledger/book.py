@@ -211,11 +211,19 @@ class Book:
         self._counted[day, (payer, seconds)] += 1
 
     def adjust(
-        self, day: date, account: str, tokens: int, kind: Adjustment.Kind, *, reason: str = "", actor: str = ""
+        self,
+        day: date,
+        account: str,
+        tokens: int,
+        cost: int,
+        kind: Adjustment.Kind,
+        *,
+        reason: str = "",
+        actor: str = "",
     ) -> None:
-        """Correct a day's use beside its charges."""
-        if tokens:
-            self.post(day, account, tokens_used=tokens)
+        """Correct a day's use, and its cost, beside its charges."""
+        if tokens or cost:
+            self.post(day, account, tokens_used=tokens, cost_used=cost)
             if kind == Kind.FORGIVEN:
                 self._forgiven_now.add((day, account))
             self._adjustments.append(
@@ -223,6 +231,7 @@ class Book:
                     "day": day,
                     "account": account,
                     "tokens": tokens,
+                    "cost": cost,
                     "kind": kind.value,
                     "reason": reason,
                     "actor": actor,

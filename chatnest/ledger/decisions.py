@@ -199,7 +199,7 @@ def _settle_late(book: Book, row: ReservationRow, ask: Settle) -> None:
     correction = ask.total_tokens - row.tokens_charged
     for account in row.accounts:
         if correction > 0 or not book.was_forgiven(row.day, account, since=row.settled_at):
-            book.adjust(row.day, account, correction, Kind.LATE, reason=str(row.id))
+            book.adjust(row.day, account, correction, 0, Kind.LATE, reason=str(row.id))
     book.after_commit(partial(tell_settled, row.id, ask.exchange))
 
 
@@ -273,5 +273,5 @@ def resolve(
 
 def _reset(book: Book, ask: Reset) -> int:
     used = book.used(ask.day, ask.account)
-    book.adjust(ask.day, ask.account, -used, Kind.FORGIVEN, reason=ask.reason, actor=ask.actor)
+    book.adjust(ask.day, ask.account, -used, 0, Kind.FORGIVEN, reason=ask.reason, actor=ask.actor)
     return used

@@ -24,12 +24,18 @@ class ReservationRow(msgspec.Struct, eq=False):
     tokens: int
     provider: str
     model: str
+    cost_reserved: int = 0  # this and cost: in millionths of the currency
     state: str = State.OPEN.value
     outcome: str = ""
     usage_source: str = UsageSource.NONE.value
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
     tokens_charged: int = 0
+    cost: int | None = None
+    error: str = ""
+    first_token_ms: int | None = None
     settled_at: datetime | None = None
     is_overdue: bool = False  # no column: its lease had run out when it was read
 
@@ -49,6 +55,8 @@ class UsageRow(msgspec.Struct, eq=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     requests: int = 0
+    cost_used: int = 0
+    cost_reserved: int = 0
     crossed: int = 0  # percent
 
 
