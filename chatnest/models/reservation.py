@@ -21,6 +21,10 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
     def open(self) -> Self:
         return self.filter(state=Reservation.State.OPEN)
 
+    def failed(self) -> Self:
+        """Whose reader got no whole answer, and did not leave."""
+        return self.filter(outcome__in=Reservation.FAILURES)
+
     def overdue(self, now: datetime) -> Self:
         """Open, but its process has stopped renewing it."""
         return self.open().filter(expires_at__lte=now)
@@ -41,6 +45,8 @@ class Reservation(models.Model):
         UPSTREAM_ERROR = "upstream_error", pgettext_lazy("reservation", "Upstream error")
         STOPPED = "stopped", pgettext_lazy("reservation", "Stopped")
         EXPIRED = "expired", pgettext_lazy("reservation", "Expired")
+
+    FAILURES = (Outcome.UPSTREAM_ERROR, Outcome.TIMED_OUT, Outcome.EXPIRED)
 
     class UsageSource(models.TextChoices):
         REPORTED = "reported", pgettext_lazy("usage", "Reported")
@@ -115,6 +121,11 @@ class Reservation(models.Model):
             models.Index(fields=["payer", "expires_at"], condition=Q(state="open"), name="chatnest_open_payer"),
             models.Index(fields=["day", "payer"], name="chatnest_reservation_day"),
             models.Index(fields=["-created_at"], name="chatnest_reservation_latest"),
+            models.Index(
+                fields=["-created_at"],
+                condition=Q(outcome__in=["upstream_error", "timed_out", "expired"]),
+                name="chatnest_failed",
+            ),
         ]
 
     def __str__(self) -> str:
