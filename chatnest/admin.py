@@ -21,6 +21,7 @@ from .accounts import SHARED, canonical
 from .conf import provider_names, today
 from .limits import FIELDS, clamp, hard_caps
 from .models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Refusal, Reservation
+from .operators import pages  # noqa: F401 - registers the Usage page
 from .policy import DailyLimit, Policy
 
 

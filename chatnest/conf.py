@@ -263,6 +263,11 @@ def stored(aware: datetime) -> datetime:
     return aware if django_settings.USE_TZ else aware.astimezone(UTC).replace(tzinfo=None)
 
 
+def aware(stored: datetime) -> datetime:
+    """What ``stored`` has made of it, with its zone again."""
+    return stored if timezone.is_aware(stored) else stored.replace(tzinfo=UTC)
+
+
 def now() -> datetime:
     """This moment, as ``stored``."""
     return stored(moment())

@@ -72,10 +72,7 @@ class Policy:
     def read(cls, accounts: Collection[str] = ()) -> Policy:
         """As the database has it. Raises what the database raises."""
         alias = settings.DATABASE_ALIAS
-        profiles = {row.name: row for row in Profile.objects.using(alias)}
-        for name in DEFAULT_PROFILES:
-            # Its operator may have tightened it, so no other limits stand for it: a missing row is one that is off.
-            profiles.setdefault(name, Profile(name=name, enabled=False))
+        profiles = read_profiles()
         calibrations = {(row.provider, row.model): row for row in Calibration.objects.using(alias)}
         return cls(profiles, read_accounts(accounts) if accounts else {}, calibrations)
 
@@ -184,6 +181,15 @@ class Policy:
             most = settings.SITE_DAILY_TOKEN_LIMIT if account in SHARED else hard_caps().daily_token_limit
             limit = max(limit, min(limit + extra, most))
         return limit
+
+
+def read_profiles() -> dict[str, Profile]:
+    """All rows. Raises what the database raises."""
+    profiles = {row.name: row for row in Profile.objects.using(settings.DATABASE_ALIAS)}
+    for name in DEFAULT_PROFILES:
+        # Its operator may have tightened it, so no other limits stand for it: a missing row is one that is off.
+        profiles.setdefault(name, Profile(name=name, enabled=False))
+    return profiles
 
 
 def read_accounts(names: Collection[str]) -> dict[str, Account]:

@@ -1,0 +1,105 @@
+"""All about one account: what is in force and why, today, thirty days, its answers, refusals and changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Final
+
+from django.db.models import F, Sum
+
+from ..accounts import SHARED
+from ..conf import settings, today
+from ..errors import DailyBudgetExceeded
+from ..models import Account, Adjustment, Change, DailyUsage, Refusal, Reservation, UsageLine
+from ..policy import Policy, read_profiles
+from .actions import running
+from .standing import Standing, pays_beside
+
+DAYS: Final = 30
+MOST_LISTED: Final = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Month:
+    """Thirty days: ``used`` counts against the budgets, ``billed`` is owed. ``cost`` in millionths."""
+
+    days: Sequence[date]
+    used: Mapping[date, int]
+    billed: int
+    cost: int
+    unpriced: int
+
+    @property
+    def counts(self) -> int:
+        return sum(self.used.values())
+
+    @property
+    def forgiven(self) -> int:
+        return self.billed - self.counts
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    standing: Standing
+    beside: Sequence[Standing]
+    month: Month
+    running: Sequence[Reservation]
+    answers: Sequence[Reservation]
+    refusals: Sequence[Refusal]
+    changes: Sequence[Change]
+    adjustments: Sequence[Adjustment]
+
+
+def read(account: str) -> History:
+    alias = settings.DATABASE_ALIAS
+    names = [account, *pays_beside(account)]
+    rows = {row.name: row for row in Account.objects.using(alias).filter(name__in=names).select_related("profile")}
+    policy = Policy(read_profiles(), rows)
+    refusals = list(Refusal.objects.using(alias).filter(account=account).order_by("-last_at")[:MOST_LISTED])
+    open_ = running(account)
+    standings = [_standing(name, policy, rows, refusals, len(open_)) for name in names]
+    changes = list(Change.objects.using(alias).filter(kind="account", subject=account)[:MOST_LISTED])
+    adjustments = list(Adjustment.objects.using(alias).filter(account=account)[:MOST_LISTED])
+    return History(
+        standings[0], standings[1:], _month(account), open_, _answers(account), refusals, changes, adjustments
+    )
+
+
+def _standing(
+    account: str, policy: Policy, rows: Mapping[str, Account], refusals: Sequence[Refusal], answers: int
+) -> Standing:
+    day = today()
+    usage = DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(day=day, account=account).first()
+    own = [row for row in refusals if row.account == account and row.day == day]
+    for_budget = sum(row.count for row in own if row.code == DailyBudgetExceeded.code)
+    return Standing(
+        usage or DailyUsage(day=day, account=account),
+        policy.daily_limit(account),
+        rows.get(account),
+        answers,
+        sum(row.count for row in own),
+        for_budget,
+    )
+
+
+def _month(account: str) -> Month:
+    days = [today() - timedelta(days=ago) for ago in reversed(range(DAYS))]
+    alias = settings.DATABASE_ALIAS
+    span = {"account": account, "day__gte": days[0]}
+    used = dict(DailyUsage.objects.using(alias).filter(**span).order_by().values_list("day", "tokens_used"))
+    billed = F("tokens_reported") + F("tokens_counted") + F("tokens_held")
+    sums = UsageLine.objects.using(alias).filter(**span).order_by()
+    owed = sums.aggregate(billed=Sum(billed, default=0), cost=Sum("cost", default=0), none=Sum("unpriced", default=0))
+    return Month(days, used, owed["billed"], owed["cost"], owed["none"])
+
+
+def _answers(account: str) -> list[Reservation]:
+    """The latest; of one that many pay from, what everybody was answered."""
+    rows = Reservation.objects.using(settings.DATABASE_ALIAS).exclude(state=Reservation.State.OPEN)
+    if account in SHARED:
+        rows = rows.filter(payer__startswith="ip:") if account != SHARED[0] else rows
+        return list(rows.order_by("-created_at")[:MOST_LISTED])
+    rows = rows.filter(payer=account, day__gte=today() - timedelta(days=DAYS))
+    return list(rows.order_by("-day", "-created_at")[:MOST_LISTED])

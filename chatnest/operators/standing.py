@@ -1,0 +1,134 @@
+"""An account's day: what it has used, what is held, what its limit is and who says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+
+from django.utils.translation import gettext as _
+
+from ..accounts import SHARED, SITE, is_stranger
+from ..conf import moment, today
+from ..ledger import day_ends
+from ..models import Account, DailyUsage
+from ..policy import DailyLimit
+from .words import number
+
+HIGH = 0.8  # of a limit
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """``usage``: the day's row, of zeros if there is none. ``refused``: how often today. ``running``: answers now."""
+
+    usage: DailyUsage
+    limit: DailyLimit
+    row: Account | None
+    running: int = 0
+    refused: int = 0
+    for_budget: int = field(default=0)  # of the refused: because the day's budget was used up
+
+    @property
+    def account(self) -> str:
+        return self.usage.account
+
+    @property
+    def is_shared(self) -> bool:
+        return self.account in SHARED
+
+    @property
+    def used(self) -> int:
+        return self.usage.tokens_used
+
+    @property
+    def reserved(self) -> int:
+        return self.usage.tokens_reserved
+
+    @property
+    def cost(self) -> int:
+        """In millionths, of what counts against its budget."""
+        return self.usage.cost_used
+
+    @property
+    def billed(self) -> int:
+        """What was charged, forgiven or not."""
+        return int(getattr(self.usage, "billed", None) or 0)
+
+    @property
+    def forgiven(self) -> int:
+        return max(0, self.billed - self.used)
+
+    @property
+    def share(self) -> float:
+        """Used of the limit; more than 1 where a limit was lowered since."""
+        committed = self.used + self.reserved
+        return committed / self.limit.in_force if self.limit.in_force else float(committed > 0)
+
+    @property
+    def is_paused(self) -> bool:
+        return bool(self.row and self.row.paused)
+
+    @property
+    def is_shut_out(self) -> bool:
+        """Nothing that it asks now is answered."""
+        return bool(self.limit.paused) or self.share >= 1 or (self.for_budget > 0 and self.is_high)
+
+    @property
+    def is_high(self) -> bool:
+        return self.share >= HIGH
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        if self.is_paused:
+            return _("paused")
+        if self.limit.paused:
+            return _("stopped: %s is paused") % self.limit.paused
+        if self.is_shut_out:
+            return _("used up")
+        return _("above 80 %") if self.is_high else _("ok")
+
+    @property
+    def level(self) -> str:
+        """``bad``, ``high`` or ``ok``: how it is shown."""
+        return "bad" if self.is_shut_out else "high" if self.is_high else "ok"
+
+    @property
+    def why(self) -> str:
+        """Why this limit is in force."""
+        return reasons(self.limit, self.row)
+
+    @property
+    def profile(self) -> str:
+        """The profile that its row forces on it, or else the largest that it may choose."""
+        if self.row and self.row.profile:
+            return self.row.profile.name
+        return "" if self.is_shared else self.limit.source
+
+    def used_up_at(self, tokens: int, seconds: float) -> datetime | None:
+        """When its limit is reached at this pace, if that is today."""
+        left = self.limit.in_force - self.used - self.reserved
+        if left <= 0 or tokens <= 0:
+            return None
+        wait = left * seconds / tokens
+        ends = day_ends(today())
+        at = moment()
+        return at + timedelta(seconds=wait) if wait < (ends - at).total_seconds() else None
+
+
+def reasons(limit: DailyLimit, row: Account | None, day: date | None = None) -> str:
+    """Why this limit is in force."""
+    told = [_("%(tokens)s by %(source)s") % {"tokens": number(limit.given), "source": limit.source or _("no profile")}]
+    if row:
+        if row.profile:
+            told.append(_("profile forced"))
+        if row.daily_token_limit is not None and row.daily_token_limit < limit.given:
+            told.append(_("lowered to %s") % number(row.daily_token_limit))
+        if extra := row.extra_on(day or today()):
+            told.append(_("%s more today") % number(extra))
+    return ", ".join(map(str, told))
+
+
+def pays_beside(account: str) -> list[str]:
+    """The shared accounts whose limits hold for it too."""
+    return [name for name in SHARED if name != account and (name == SITE or is_stranger(account))]
