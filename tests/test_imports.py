@@ -22,7 +22,7 @@ FLOORS = [
     {"hooks"},
     {"limits", "tokens", "accounts", "provider", "wires", "slots", "frames", "deadlines", "conversation"},
     {"models"},
-    {"policy", "signals", "changes"},
+    {"policy", "signals", "changes", "reports"},
     {"ledger"},
     {"refusals", "attempts", "stream", "proofs"},
     {"holds"},
