@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 
-from .changes import actor
-from .conf import now, settings
+from .changes import acting, actor, record
 from .ledger import audit
-from .models import Proof
 
 
-def prove(*, repair: bool = False, progress: audit.Progress | None = None) -> tuple[Proof, list[audit.Discrepancy]]:
-    """Prove every counter, as ``audit.verify``, and record who did (``changes.acting``), when, and what differed."""
-    at, began, days = now(), time.perf_counter(), 0
+def prove(*, repair: bool = False, progress: audit.Progress | None = None) -> list[audit.Discrepancy]:
+    """Prove every counter, as ``audit.verify``, and record who did (``changes.acting``), and what differs now."""
+    began, days = time.perf_counter(), 0
 
     def told(of_a_day: str) -> None:
         nonlocal days
@@ -21,13 +19,7 @@ def prove(*, repair: bool = False, progress: audit.Progress | None = None) -> tu
             progress(of_a_day)
 
     found = audit.verify(repair=repair, progress=told)
-    proof = Proof(
-        at=at,
-        seconds=time.perf_counter() - began,
-        days=days,
-        differences=len(found),
-        repaired=sum(difference.repaired for difference in found),
-        actor=actor().name,
-    )
-    proof.save(using=settings.DATABASE_ALIAS)
-    return proof, found
+    remaining = sum(not difference.repaired for difference in found)
+    with acting(actor().name, f"{days:,} days in {time.perf_counter() - began:.1f} s"):
+        record("proof", "ledger", "differences", len(found), remaining)
+    return found

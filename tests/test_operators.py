@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from html import unescape
-from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from html import unescape
 from typing import Any
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import pytest
@@ -17,7 +17,7 @@ from django.db import connection, connections
 from django.test import Client as Browser
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
-from django.utils.html import strip_tags
+from freezegun import freeze_time
 
 from chatnest.accounts import ANONYMOUS, SITE
 from chatnest.conf import now, today
@@ -64,8 +64,9 @@ def text_of(browser: Browser, page: str = "changelist", **query: str) -> str:
 
 
 def told(response: Any) -> str:
-    main = response.content.decode().partition('id="main"')[2].partition("<footer")[0]
-    return re.sub(r"\s+", " ", unescape(strip_tags(main))).strip()
+    main = response.content.decode().partition('<main id="content-start"')[2].partition("</main>")[0]
+    words = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", main))).strip()
+    return re.sub(r" (?=[.,:)])", "", words)
 
 
 def do(browser: Browser, action: str, account: str = SITE, **typed: Any) -> Any:
@@ -94,20 +95,22 @@ def hold(account: str, tokens: int = 1000) -> Hold:
 
 def answer(database: str, account: str, at: datetime, **facts: Any) -> Reservation:
     """One that is over."""
-    given = {"outcome": "completed", "usage_source": "reported", "tokens_charged": 400, **facts}
-    return Reservation.objects.using(database).create(
-        day=today(),
-        payer=account,
-        accounts=[account, SITE],
-        profile="balanced",
-        state="settled",
-        model="gpt-4o-mini",
-        tokens=900,
-        created_at=at,
-        expires_at=at,
-        settled_at=at,
-        **given,
-    )
+    usual = {
+        "day": today(),
+        "payer": account,
+        "accounts": [account, SITE],
+        "profile": "balanced",
+        "model": "gpt-4o-mini",
+        "tokens": 900,
+        "created_at": at,
+        "expires_at": at,
+        "settled_at": at,
+        "state": "settled",
+        "outcome": "completed",
+        "usage_source": "reported",
+        "tokens_charged": 400,
+    }
+    return Reservation.objects.using(database).create(**{**usual, **facts})
 
 
 def refuse(database: str, account: str, code: str, count: int, at: datetime, detail: str = "") -> None:
@@ -185,8 +188,8 @@ def test_figures_stand_beside_yesterdays_with_a_word(operator: Browser, database
     hours = Hours.current()
     before = hours.before[0] + timedelta(minutes=90)
     for number in range(20):
-        answer(database, "user:1", hours.now, first_token_ms=100 * (number + 1))
-        answer(database, "user:1", before, first_token_ms=300)
+        answer(database, "user:1", hours.now, first_token_ms=100 * number + 70)
+        answer(database, "user:1", before, first_token_ms=270)
     for _ in range(5):
         answer(database, "user:2", hours.now, outcome="upstream_error", error="upstream_timeout")
     refuse(database, "user:3", "rate_limited", 75, hours.now, "request 31 in 60 s; balanced allows 30")
@@ -194,8 +197,8 @@ def test_figures_stand_beside_yesterdays_with_a_word(operator: Browser, database
     page = text_of(operator)
     assert "Failed 20 % bad yesterday 0.0 %" in page
     assert "Refused 75 % bad yesterday 20 %" in page
-    assert "half of them within 1.1 s ok yesterday 0.3 s" in page
-    assert "95 % of them within 2.0 s ok yesterday 0.3 s" in page
+    assert "half of them within 1.0 s ok yesterday 0.3 s" in page
+    assert "95 % of them within 1.9 s ok yesterday 0.3 s" in page
     assert "75 % too many requests in a short time" in page
     assert "request 31 in 60 s; balanced allows 30" in page
     assert "the provider took too long" in page
@@ -209,35 +212,25 @@ def test_yesterdays_other_hours_and_older_ones_are_in_no_figure(database: str) -
     assert Snapshot().traffic.before.started == Snapshot().traffic.now.started == 0
 
 
-def test_when_the_day_is_used_up_at_this_pace(
-    operator: Browser, database: str, time_machine: Callable[..., Any]
-) -> None:
-    with time_machine("2026-11-25 12:30:00+00:00"):
+def test_when_the_day_is_used_up_at_this_pace(operator: Browser, database: str) -> None:
+    with freeze_time("2026-11-25 12:30:00+00:00"):
         hours = Hours.current()
         assert (hours.now - hours.since).total_seconds() == 90 * 60
         answer(database, "user:1", hours.now, tokens_charged=90_000)  # a thousand a minute
         use(database, SITE, 400_000)
         assert "At this pace it is used up at 14:10." in text_of(operator)
-    with time_machine("2026-11-25 23:30:00+00:00"):
+    with freeze_time("2026-11-25 23:30:00+00:00"):
         assert "At this pace" not in text_of(operator)  # nothing was asked, and the day is nearly over
-
-
-@pytest.fixture
-def time_machine() -> Iterator[Callable[..., Any]]:
-    from freezegun import freeze_time
-
-    yield lambda at: freeze_time(at)
 
 
 def test_who_stopped_the_chat_since_when_and_why(operator: Browser, database: str) -> None:
     assert "The chat is stopped" not in text_of(operator)
     shown = text_of(operator, "changelist")
     assert "Start again" not in shown
-    page = do(operator, "stop", reason="the model swears").content.decode()
-    told = re.sub(r"\s+", " ", strip_tags(page))
-    assert "The chat is stopped. By operator, since" in told
-    assert "“the model swears”" in told
-    assert "Start again" in told
+    page = told(do(operator, "stop", reason="the model swears"))
+    assert "The chat is stopped. By operator, since" in page
+    assert "“the model swears”" in page
+    assert "Start again" in page
     assert "The chat is stopped" not in told(do(operator, "start"))
 
 
@@ -280,17 +273,16 @@ def test_the_chat_is_stopped_and_started_for_a_real_visitor(
     operator: Browser, client: Client, upstream: FakeUpstream, database: str
 ) -> None:
     upstream.replies(Reply("Once", " upon", gate_after=1), Reply("Well."))
-    story = client.stream()
-    story.read_until("token")
-    asked = text_of(operator, "changelist")
-    assert "Running answers (1)" in asked
-    confirmation = operator.get(reverse("admin:chatnest_usage_do", args=["stop"])).content.decode()
-    assert "1 answer that is being written ends within 15 seconds." in strip_tags(confirmation)
-    assert "The chat is paused by its operator. Please try again later." in strip_tags(confirmation)
+    with client.stream() as story:
+        story.until("token")
+        assert "Running answers (1)" in text_of(operator)
+        asked = told(operator.get(reverse("admin:chatnest_usage_do", args=["stop"])))
+        assert "1 answer that is being written ends within 15 seconds." in asked
+        assert "The chat is paused by its operator. Please try again later." in asked
     do(operator, "stop", reason="drill")
-    assert client.post().status == 503
+    assert client.chat().status == 503
     do(operator, "start")
-    assert client.post().status == 200
+    assert client.chat().status == 200
 
 
 def test_one_answer_is_ended_and_others_go_on(operator: Browser, database: str) -> None:
@@ -309,37 +301,35 @@ def test_one_answer_is_ended_and_others_go_on(operator: Browser, database: str) 
 def test_a_day_is_forgiven_and_what_is_owed_stays(operator: Browser, database: str) -> None:
     use(database, "user:1", 5000)
     UsageLine.objects.using(database).create(day=today(), account="user:1", model="m", requests=1, tokens_reported=5000)
-    asked = strip_tags(
-        operator.get(f"{reverse('admin:chatnest_usage_do', args=['forgive'])}?name=user:1").content.decode()
-    )
+    asked = told(operator.get(f"{reverse('admin:chatnest_usage_do', args=['forgive'])}?name=user:1"))
     assert "5,000 tokens no longer count against its day" in asked
-    assert "The day&#x27;s budget of site stays as it is." in asked
-    assert "user:1: 5,000 tokens forgiven." in told(do(operator, "forgive", "user:1", reason="sorry"))
+    assert "The day's budget of site stays as it is." in asked
+    assert "Forgiven: 5,000 tokens of user:1." in told(do(operator, "forgive", "user:1", reason="sorry"))
     row = Adjustment.objects.using(database).get()
     assert (row.tokens, row.reason, row.actor) == (-5000, "sorry", "operator")
     assert "(5,000 forgiven)" in text_of(operator)
-    assert "billed 5,000 - forgiven 5,000 = 0 tokens" in text_of(operator, "account", name="user:1")
+    assert "billed 5,000 \N{MINUS SIGN} forgiven 5,000 = 0 tokens" in text_of(operator, "account", name="user:1")
 
 
 def test_more_is_given_for_today_and_never_above_the_caps(
     operator: Browser, database: str, configure: Configure
 ) -> None:
     configure(HARD_CAPS={"daily_token_limit": 250_000})
-    assert "user:1 has 250,000 tokens today." in told(do(operator, "grant", "user:1", tokens=90_000))
-    told = told(do(operator, "grant", "user:1", tokens=0))
-    assert "greater than or equal to 1" in told
+    assert "Today's limit of user:1 is 250,000 tokens now." in told(do(operator, "grant", "user:1", tokens=90_000))
+    page = told(do(operator, "grant", "user:1", tokens=0))
+    assert "greater than or equal to 1" in page
     configure(HARD_CAPS={"daily_token_limit": 200_000})
-    told = told(do(operator, "grant", "user:2", tokens=5))
-    assert "This would change nothing: the limit is 200,000 tokens, and no more may be." in told
+    page = told(do(operator, "grant", "user:2", tokens=5))
+    assert "This would change nothing: the limit is 200,000 tokens, and no more may be." in page
     assert not Account.objects.using(database).filter(name="user:2").exists()
 
 
 def test_a_limit_is_lowered_and_taken_back(operator: Browser, database: str) -> None:
-    assert "user:1 has 500 tokens a day." in told(do(operator, "lower", "user:1", tokens=500))
+    assert "The daily limit of user:1 is 500 tokens now." in told(do(operator, "lower", "user:1", tokens=500))
     assert "(200,000 by expanded, lowered to 500)" in text_of(operator, "account", name="user:1")
-    told = told(do(operator, "lower", "user:1", tokens=200_000))
-    assert "This would change nothing: the limit is 200,000 tokens without it." in told
-    assert "user:1 has 200,000 tokens a day." in told(do(operator, "lower", "user:1"))
+    page = told(do(operator, "lower", "user:1", tokens=200_000))
+    assert "This would change nothing: the limit is 200,000 tokens without it." in page
+    assert "The daily limit of user:1 is 200,000 tokens now." in told(do(operator, "lower", "user:1"))
 
 
 def test_everything_done_is_recorded_with_old_and_new_values(operator: Browser, database: str) -> None:
@@ -358,7 +348,7 @@ def test_everything_done_is_recorded_with_old_and_new_values(operator: Browser, 
 def test_the_page_leads_back_to_where_one_came_from_and_nowhere_else(operator: Browser, database: str) -> None:
     back = address("account", name="user:1")
     path = reverse("admin:chatnest_usage_do", args=["pause"])
-    given = operator.post(f"{path}?name=user:1&next={back}", {})
+    given = operator.post(f"{path}?{urlencode({'name': 'user:1', 'next': back})}", {})
     assert given["Location"] == back
     assert operator.post(f"{path}?name=user:1&next=https://evil.example/", {})["Location"] == address("changelist")
 
@@ -420,7 +410,7 @@ def test_a_search_finds_by_name_mail_id_and_address(operator: Browser, database:
         assert operator.get(address("find", q=typed))["Location"] == address("account", name=account)
     assert operator.get(address("find", q="192.0.2.7"))["Location"] == address("account", name="ip:192.0.2.7")
     User.objects.create_user("adam")
-    both = text_of(operator, "find", q="ada@") + text_of(operator, "find", q="ad")
+    both = text_of(operator, "find", q="ad")
     assert "Ada Lovelace" in both and "adam" in both
     assert "Nobody is found by that." in text_of(operator, "find", q="charles")
 

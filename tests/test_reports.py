@@ -43,8 +43,17 @@ def billed(alias: str, payer: str = "user:1", day: date = TODAY, **line: Any) ->
     which = {"profile": "balanced", "provider": "default", "model": "gpt-4o-mini", "label": ""}
     which = {name: line.pop(name, usual) for name, usual in which.items()}
     numbers = {
-        "requests": 1, "prompt_tokens": 4, "cached_tokens": 1, "completion_tokens": 6, "reasoning_tokens": 2,
-        "tokens_reported": 2, "tokens_counted": 3, "tokens_held": 5, "cost": 1000, "unpriced": 0, **line,
+        "requests": 1,
+        "prompt_tokens": 4,
+        "cached_tokens": 1,
+        "completion_tokens": 6,
+        "reasoning_tokens": 2,
+        "tokens_reported": 2,
+        "tokens_counted": 3,
+        "tokens_held": 5,
+        "cost": 1000,
+        "unpriced": 0,
+        **line,
     }
     tokens = numbers["tokens_reported"] + numbers["tokens_counted"] + numbers["tokens_held"]
     for account in (payer, "site"):

@@ -7,7 +7,7 @@ Money is in whole millionths of the currency, but where people type it.
 from .account import Account
 from .adjustment import Adjustment
 from .calibration import Calibration
-from .change import Change, Proof
+from .change import Change
 from .price import Price
 from .profile import Profile
 from .refusal import Refusal
@@ -23,7 +23,6 @@ __all__ = [
     "DailyUsage",
     "Price",
     "Profile",
-    "Proof",
     "RateWindow",
     "Refusal",
     "Reservation",

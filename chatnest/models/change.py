@@ -1,4 +1,4 @@
-"""What people did: decisions, and proofs."""
+"""What people did."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Change(models.Model):
     actor = models.CharField(
         _("actor"), max_length=ACTOR_LENGTH, blank=True, help_text=_("Who did it; empty where that is not known.")
     )
-    kind = models.CharField(_("kind"), max_length=20, help_text=_("account, profile, price, calibration, answer"))
+    kind = models.CharField(_("kind"), max_length=20, help_text=_("account, profile, price, calibration, or proof"))
     subject = models.CharField(_("subject"), max_length=250, help_text=_("Its name."))
     field = models.CharField(_("field"), max_length=50)
     old = models.CharField(_("old"), max_length=VALUE_LENGTH, blank=True)
@@ -36,22 +36,3 @@ class Change(models.Model):
 
     def __str__(self) -> str:
         return f"{self.kind} {self.subject}: {self.field}"
-
-
-class Proof(models.Model):
-    """That the sums were proven, and what differed."""
-
-    at = models.DateTimeField(_("at"))
-    seconds = models.FloatField(_("seconds"))
-    days = models.PositiveIntegerField(_("days"))
-    differences = models.PositiveIntegerField(_("differences"))
-    repaired = models.PositiveIntegerField(_("repaired"), default=0)
-    actor = models.CharField(_("actor"), max_length=ACTOR_LENGTH, blank=True)
-
-    class Meta:
-        verbose_name = _("proof")
-        verbose_name_plural = _("proofs")
-        ordering = ["-at"]
-
-    def __str__(self) -> str:
-        return f"{self.at:%Y-%m-%d %H:%M}"

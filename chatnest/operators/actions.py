@@ -150,7 +150,7 @@ class Pause(Action):
 
     def do(self, target: Target, typed: Mapping[str, Any], actor: str) -> str:
         save(target.account, paused=True)
-        return _("%s is paused.") % target.name
+        return _("Paused: %s.") % target.name
 
 
 class StopChat(Pause):
@@ -177,7 +177,7 @@ class Resume(Action):
 
     def do(self, target: Target, typed: Mapping[str, Any], actor: str) -> str:
         save(target.account, paused=False)
-        return _("%s may chat again.") % target.name
+        return _("Chats again: %s.") % target.name
 
 
 class StartChat(Resume):
@@ -211,7 +211,7 @@ class Forgive(Action):
     def do(self, target: Target, typed: Mapping[str, Any], actor: str) -> str:
         reset = Reset(day=today(), account=target.account, reason=typed["reason"], actor=actor)
         forgiven = cast("int", ledger.apply([reset])[0])
-        return _("%(name)s: %(tokens)s tokens forgiven.") % {"name": target.name, "tokens": number(forgiven)}
+        return _("Forgiven: %(tokens)s tokens of %(name)s.") % {"name": target.name, "tokens": number(forgiven)}
 
 
 class Grant(Action):
@@ -231,7 +231,7 @@ class Grant(Action):
     def do(self, target: Target, typed: Mapping[str, Any], actor: str) -> str:
         save(target.account, extra_tokens=typed["tokens"], extra_day=today())
         limit = limit_with(target.account)
-        return _("%(name)s has %(limit)s tokens today.") % {"name": target.name, "limit": number(limit)}
+        return _("Today's limit of %(name)s is %(limit)s tokens now.") % {"name": target.name, "limit": number(limit)}
 
 
 class Lower(Grant):
@@ -244,7 +244,7 @@ class Lower(Grant):
     def do(self, target: Target, typed: Mapping[str, Any], actor: str) -> str:
         save(target.account, daily_token_limit=typed["tokens"])
         limit = limit_with(target.account)
-        return _("%(name)s has %(limit)s tokens a day.") % {"name": target.name, "limit": number(limit)}
+        return _("The daily limit of %(name)s is %(limit)s tokens now.") % {"name": target.name, "limit": number(limit)}
 
 
 class EndAnswer(Action):
