@@ -547,9 +547,19 @@ def test_programs_read_exact_money_and_no_money_where_it_is_unknown(bills: str, 
     words = ("chatnest_usage", "--month", "2026-11", "--by", "account", "--cost")
     first, second = json.loads(manage(*words, "--json").out)
     assert first == {
-        "account": bills, "name": "ada", "tokens_billed": 2100, "tokens_reported": 2000, "tokens_counted": 0,
-        "tokens_held": 100, "tokens_used": 2100, "prompt_tokens": 0, "completion_tokens": 0, "requests": 2,
-        "cost": "1.750000", "currency": "USD", "unpriced": 0,
+        "account": bills,
+        "name": "ada",
+        "tokens_billed": 2100,
+        "tokens_reported": 2000,
+        "tokens_counted": 0,
+        "tokens_held": 100,
+        "tokens_used": 2100,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "requests": 2,
+        "cost": "1.750000",
+        "currency": "USD",
+        "unpriced": 0,
     }
     assert (second["name"], second["cost"], second["unpriced"]) == ("", None, 1)
     rows = list(csv.DictReader(io.StringIO(manage(*words, "--csv").out)))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from itertools import groupby
 from typing import Any, Final
@@ -11,7 +11,7 @@ from django.core.management.base import CommandError, CommandParser
 
 from chatnest import ledger, reports
 from chatnest.accounts import SITE
-from chatnest.reports import Dimension, Figures, Period
+from chatnest.reports import Dimension, Figures, Period, Person
 
 from .. import base
 
@@ -69,13 +69,13 @@ class Command(base.OperatorCommand):
         cost, top = options["cost"], options["top"]
         if by:
             check_sums(by, accounts, top)
-            rows = [summed(by, one) for one in reports.by(by, period, accounts=accounts, top=top)]
+            rows = [sums(by, one) for one in reports.by(by, period, accounts=accounts, top=top)]
         else:
             rows = list(biggest(daily(period, accounts, cost=cost), top))
-        columns = [*(columns_by(by) if by else DAILY), *(MONEY if cost else ())]
         who = reports.people({row["account"] for row in rows if "account" in row})
         if by == "account":
-            rows = [{**row, "name": who[row["account"]].name if row["account"] in who else ""} for row in rows]
+            rows = [{**row, "name": who[row[by]].name if row[by] in who else ""} for row in rows]
+        columns = [*(columns_by(by) if by else DAILY), *(MONEY if cost else ())]
         if options["json"]:
             told = [{name: row[name] for name in columns} for row in rows]
             self.stdout.write(json.dumps(told, default=str, indent=2))
@@ -83,12 +83,9 @@ class Command(base.OperatorCommand):
             cells = ([reports.safe(row[name]) for name in columns] for row in rows)
             csv.writer(self.stdout, lineterminator="\n").writerows([columns, *cells])
         elif rows:
-            for row in rows:
-                if "account" in row:
-                    row["account"] = base.named(row["account"], who)
             if by:
                 rows.append(total(by, period, accounts))
-            self.stdout.write("\n".join(table([name for name in columns if name not in NOT_IN_TABLE], rows)))
+            self.stdout.write("\n".join(table([name for name in columns if name not in NOT_IN_TABLE], rows, who)))
         elif period.days > 1:
             self.stdout.write(f"No usage from {period.first} to {period.last}.")
         else:
@@ -128,14 +125,14 @@ def columns_by(by: Dimension) -> list[str]:
     return [*names, *BILLED, *used, "prompt_tokens", "completion_tokens", "requests"]
 
 
-def summed(by: Dimension, one: Figures) -> Row:
+def sums(by: Dimension, one: Figures) -> Row:
     same = ("tokens_reported", "tokens_counted", "tokens_held", "prompt_tokens", "completion_tokens", "requests")
     numbers = {name: getattr(one, name) for name in same}
     return {by: one.key, "tokens_billed": one.billed, "tokens_used": one.used, **numbers, **money_of(one)}
 
 
 def total(by: Dimension, period: Period, accounts: list[str]) -> Row:
-    row = {**summed(by, reports.totals(period, accounts or (SITE,))), by: "Total"}
+    row = {**sums(by, reports.totals(period, accounts or (SITE,))), by: "Total"}
     if by == "account" and not accounts:
         row["tokens_used"] = None  # that of site, which is forgiven apart from theirs
     return row
@@ -164,8 +161,8 @@ def biggest(rows: Iterable[Row], top: int | None) -> Iterator[Row]:
                 yield row
 
 
-def table(columns: list[str], rows: list[Row]) -> Iterator[str]:
-    lines = [[heading(name) for name in columns], *([cell(name, row) for name in columns] for row in rows)]
+def table(columns: list[str], rows: list[Row], who: Mapping[str, Person]) -> Iterator[str]:
+    lines = [[heading(name) for name in columns], *([cell(name, row, who) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (
@@ -181,11 +178,13 @@ def heading(column: str) -> str:
     return column.removeprefix("tokens_").removesuffix("_tokens").capitalize()
 
 
-def cell(column: str, row: Row) -> str:
+def cell(column: str, row: Row, who: Mapping[str, Person]) -> str:
     value = row[column]
     if column == "cost":  # never 0 for what is not known
         unpriced = f"unpriced: {row['unpriced']:,}" if row["unpriced"] else ""
         return ", ".join(filter(None, [value, unpriced]))
+    if column == "account":
+        return base.named(value, who)
     if column in reports.DIMENSIONS:
         return str(value) or "(none)"
     return "" if value is None else f"{value:,}"
