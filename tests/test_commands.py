@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from chatnest import ledger
 from chatnest.ledger import Hold, Reset, audit
 from chatnest.management import base
 from chatnest.management.commands import chatnest_reset_budgets
-from chatnest.models import Account, Adjustment, DailyUsage, Reservation
+from chatnest.models import Account, Adjustment, Change, DailyUsage, Proof, Refusal, Reservation, UsageLine
 
 from .bookkeeping import Clock, ask, counters, discrepancies, do, row_of, used
 from .conftest import Configure, on_sqlite
@@ -159,7 +160,7 @@ def test_one_account_is_forgiven_and_no_other(chats: Hold, manage: Manage, answe
     assert [counters(name)[0] for name in ("user:1", "user:2", "site")] == [0, 300, 1800]
     adjustment = Adjustment.objects.using(database).get()
     assert (adjustment.account, adjustment.tokens) == ("user:1", -1500)
-    assert (adjustment.reason, adjustment.actor) == ("chatnest_reset_budgets", chatnest_reset_budgets.operator())
+    assert (adjustment.reason, adjustment.actor) == ("chatnest_reset_budgets", base.operator())
 
 
 def test_open_streams_keep_what_they_reserved(chats: Hold, manage: Manage) -> None:
@@ -282,7 +283,29 @@ def test_a_user_without_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyError("getpwuid(): uid not found: 1234")
 
     monkeypatch.setattr("getpass.getuser", getuser)
-    assert chatnest_reset_budgets.operator() == "unknown"
+    assert base.operator() == "unknown"
+
+
+def test_all_has_the_site_in_it_and_says_so(chats: Hold, manage: Manage, answered: Any) -> None:
+    told = "The budget of site, from which everybody pays, is among them."
+    assert manage("chatnest_reset_budgets", "--all", "--dry-run").lines[-1] == (
+        f"Nothing was reset: without --dry-run, 3 accounts would be, for 2026-11-22. {told}"
+    )
+    asked = answered("no")
+    manage("chatnest_reset_budgets", "--all")
+    assert asked == [f"This forgives what site, user:1, user:2 used on 2026-11-22. {told} Type 'yes' to go on: "]
+    assert "site, from which everybody pays, is one of them" in " ".join(
+        manage("chatnest_reset_budgets", "--help").out.split()
+    )
+    manage("chatnest_reset_budgets", "--account", "site")
+    assert told not in asked[1], "whoever names it knows"
+
+
+def test_a_long_reset_says_how_far_it_is(chats: Hold, manage: Manage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(chatnest_reset_budgets, "BATCH", 2)
+    ran = manage("chatnest_reset_budgets", "--all", "--noinput", "--verbosity", "2")
+    assert ran.err == "2 of 3 accounts\n3 of 3 accounts\n"
 
 
 # chatnest_prune
@@ -293,23 +316,52 @@ def test_old_days_are_pruned_and_stay_proven(chats: Hold, manage: Manage, clock:
     clock.set("2026-11-24T12:00:00+00:00")
     do(used(do(ask()), 20))
     kept = manage("chatnest_prune", "--days", "3")
-    assert kept.out == "Deleted 0 reservations, 0 adjustments and 0 rate windows from before 2026-11-22.\n"
+    assert kept.out == "Deleted 0 reservations, 0 adjustments, 0 rate windows and 0 refusals from before 2026-11-22.\n"
     told = manage("chatnest_prune", "--days", "2", "--dry-run")
-    assert told.out == "Would delete 4 reservations, 0 adjustments and 3 rate windows from before 2026-11-23.\n"
+    assert (
+        told.out
+        == "Would delete 4 reservations, 0 adjustments, 3 rate windows and 0 refusals from before 2026-11-23.\n"
+    )
     assert Reservation.objects.using(database).count() == 5
     ran = manage("chatnest_prune", "--days", "2")
-    assert ran == Ran(0, "Deleted 4 reservations, 0 adjustments and 3 rate windows from before 2026-11-23.\n", "")
+    assert ran == Ran(
+        0, "Deleted 4 reservations, 0 adjustments, 3 rate windows and 0 refusals from before 2026-11-23.\n", ""
+    )
     assert Reservation.objects.using(database).count() == 1
     assert counters("site", TODAY) == (1850, 0, 4)
     assert manage("chatnest_verify").code == 0
     assert manage("chatnest_prune", "--days", "2", "--verbosity", "0") == Ran(0, "", "")
 
 
+def test_old_refusals_go_and_what_people_did_stays(
+    database: str, manage: Manage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(audit, "BATCH", 2)
+    for day in (19, 20, 21, 22):
+        at = timezone.now().replace(day=day)
+        Refusal.objects.using(database).create(
+            day=at.date(), hour=at, account="user:1", code="rate_limited", count=3, last_at=at
+        )
+        Proof.objects.using(database).create(at=at, seconds=1, days=1, differences=0)
+        Change.objects.using(database).create(at=at, kind="account", subject="site", field="paused", new="yes")
+    bill(database, "user:1", date(2026, 11, 19))
+    words = ("chatnest_prune", "--days", "1")
+    assert "and 3 refusals from before 2026-11-22." in manage(*words, "--dry-run").out
+    assert Refusal.objects.using(database).count() == 4
+    ran = manage(*words, "--verbosity", "2")
+    assert ran.out == "Deleted 0 reservations, 0 adjustments, 0 rate windows and 3 refusals from before 2026-11-22.\n"
+    assert ran.err.splitlines()[-2:] == ["2 refusals", "3 refusals"]
+    assert [row.day for row in Refusal.objects.using(database).all()] == [TODAY]
+    assert Proof.objects.using(database).count() == Change.objects.using(database).count() == 4
+    assert UsageLine.objects.using(database).count() == 2
+
+
 def test_a_day_that_is_not_over_is_left(chats: Hold, manage: Manage, clock: Clock, database: str) -> None:
     clock.set("2026-11-23T00:00:05+00:00")
     Reservation.objects.using(database).open().update(expires_at=clock.now)
     assert manage("chatnest_prune", "--days", "1").lines == [
-        "Deleted 0 reservations, 0 adjustments and 3 rate windows from before 2026-11-23.",
+        "Deleted 0 reservations, 0 adjustments, 3 rate windows and 0 refusals from before 2026-11-23.",
         "Left 2026-11-22 for another time: reservations of that day may still be settled.",
     ]
 
@@ -408,6 +460,145 @@ def test_no_cell_is_a_formula(database: str, manage: Manage) -> None:
     assert [row[1] for row in rows] == ["account", "site", "'=1+1"]
 
 
+# chatnest_usage: periods, sums and money
+
+
+@pytest.fixture
+def bills(database: str) -> str:
+    """What ada and a stranger cost in November; the stranger's model has no price. Gives ada's account."""
+    ada = f"user:{User.objects.create_user('ada').pk}"
+    bill(database, ada, date(2026, 11, 3), cost=1_500_000)
+    bill(database, ada, TODAY, cost=250_000, model="gpt-4o", label="digest")
+    bill(database, "ip:192.0.2.1", TODAY, unpriced=1, model="local")
+    return ada
+
+
+def bill(alias: str, payer: str, day: date, model: str = "gpt-4o-mini", label: str = "", **money: int) -> None:
+    for account in (payer, "site"):
+        UsageLine.objects.using(alias).create(
+            day=day,
+            account=account,
+            model=model,
+            label=label,
+            requests=1,
+            tokens_reported=1000,
+            tokens_held=50,
+            **money,
+        )
+        row, _ = DailyUsage.objects.using(alias).get_or_create(day=day, account=account)
+        row.tokens_used, row.requests = row.tokens_used + 1050, row.requests + 1
+        row.save()
+
+
+def test_a_period_is_summed_by_account_with_names_and_a_total(bills: str, manage: Manage) -> None:
+    ran = manage("chatnest_usage", "--month", "2026-11", "--by", "account", "--cost")
+    assert (ran.code, ran.err) == (0, "")
+    assert [re.split(r"  +", line.strip()) for line in ran.lines] == [
+        [
+            *("Account", "Billed", "Reported", "Counted", "Held", "Used"),
+            *("Prompt", "Completion", "Requests", "Cost (USD)"),
+        ],
+        [f"{bills} (ada)", "2,100", "2,000", "0", "100", "2,100", "0", "0", "2", "1.750000"],
+        ["ip:192.0.2.1", "1,050", "1,000", "0", "50", "1,050", "0", "0", "1", "unpriced: 1"],
+        ["Total", "3,150", "3,000", "0", "150", "0", "0", "3", "1.750000, unpriced: 1"],
+    ]
+    assert len({len(line) for line in ran.lines}) == 1, "columns are straight"
+    top = manage("chatnest_usage", "--from", "2026-11-01", "--by", "account", "--top", "1").lines
+    assert [line.split()[0] for line in top] == ["Account", bills, "Total"]
+    assert top[-1].split()[1] == "3,150", "of all, not of those that are shown"
+
+
+@pytest.mark.parametrize(
+    ("by", "rows"),
+    [
+        ("day", [("2026-11-22", "2,100"), ("2026-11-03", "1,050")]),
+        ("model", [("gpt-4o-mini", "1,050"), ("gpt-4o", "1,050"), ("local", "1,050")]),
+        ("label", [("(none)", "2,100"), ("digest", "1,050")]),
+        ("provider", [("default", "3,150")]),
+    ],
+)
+def test_a_period_is_summed_by_what_one_likes(bills: str, manage: Manage, by: str, rows: list[tuple[str, str]]) -> None:
+    lines = manage("chatnest_usage", "--from", "2026-11-01", "--to", "2026-11-22", "--by", by).lines[1:]
+    assert [tuple(line.split()[:2]) for line in lines] == [*rows, ("Total", "3,150")]
+    assert manage("chatnest_usage", "--by", by, "--day", "2026-11-05").out == "No usage on 2026-11-05.\n"
+
+
+def test_of_one_account_by_model(bills: str, manage: Manage) -> None:
+    lines = manage("chatnest_usage", "--month", "2026-11", "--account", "ada", "--by", "model").lines[1:]
+    assert [tuple(line.split()[:2]) for line in lines] == [
+        *(("gpt-4o-mini", "1,050"), ("gpt-4o", "1,050")),
+        ("Total", "2,100"),
+    ]
+
+
+def test_each_days_cost_is_beside_what_was_used(bills: str, manage: Manage) -> None:
+    lines = manage("chatnest_usage", "--cost", "--days", "20").lines
+    assert lines[0].split()[-3:] == ["Requests", "Cost", "(USD)"]
+    assert [re.split(r"  +", line)[:2] + re.split(r"  +", line)[-1:] for line in lines[1:]] == [
+        ["2026-11-22", "site", "0.250000, unpriced: 1"],
+        ["2026-11-22", "ip:192.0.2.1", "unpriced: 1"],
+        ["2026-11-22", f"{bills} (ada)", "0.250000"],
+        ["2026-11-03", "site", "1.500000"],
+        ["2026-11-03", f"{bills} (ada)", "1.500000"],
+    ]
+
+
+def test_programs_read_exact_money_and_no_money_where_it_is_unknown(bills: str, manage: Manage) -> None:
+    words = ("chatnest_usage", "--month", "2026-11", "--by", "account", "--cost")
+    first, second = json.loads(manage(*words, "--json").out)
+    assert first == {
+        "account": bills,
+        "name": "ada",
+        "tokens_billed": 2100,
+        "tokens_reported": 2000,
+        "tokens_counted": 0,
+        "tokens_held": 100,
+        "tokens_used": 2100,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "requests": 2,
+        "cost": "1.750000",
+        "currency": "USD",
+        "unpriced": 0,
+    }
+    assert (second["name"], second["cost"], second["unpriced"]) == ("", None, 1)
+    rows = list(csv.DictReader(io.StringIO(manage(*words, "--csv").out)))
+    assert [(row["account"], row["name"], row["cost"], row["currency"]) for row in rows] == [
+        (bills, "ada", "1.750000", "USD"),
+        ("ip:192.0.2.1", "", "", "USD"),
+    ]
+    daily = json.loads(manage("chatnest_usage", "--cost", "--json").out)
+    assert [(row["account"], row["cost"], row["unpriced"]) for row in daily[:2]] == [
+        ("site", "0.250000", 1),
+        ("ip:192.0.2.1", None, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--month 2026-11 --day 2026-11-22", "Which days? Name a --month, or --from and --to, or --day and --days."),
+        ("--from 2026-11-01 --days 3", "Which days? Name a --month, or --from and --to, or --day and --days."),
+        ("--month 2026-11 --to 2026-11-22", "Which days? Name a --month, or --from and --to, or --day and --days."),
+        ("--to 2026-11-22", "Which is the first day? --to needs --from."),
+        ("--from 2026-11-22 --to 2026-11-01", "The first day, 2026-11-22, is after the last, 2026-11-01."),
+        ("--from 2026-11-23", "The first day, 2026-11-23, is after the last, 2026-11-22."),
+        ("--by day --top 3", "Days are shown in their order: --top needs another --by."),
+        ("--by model --account site ada", "What the others used is in site: sum it up alone, or them without it."),
+    ],
+)
+def test_what_contradicts_itself_is_refused(bills: str, manage: Manage, words: str, problem: str) -> None:
+    assert manage("chatnest_usage", *words.split()) == Ran(1, "", f"CommandError: {problem}\n")
+
+
+@on_sqlite
+def test_a_month_is_written_as_one(database: str, manage: Manage) -> None:
+    ran = manage("chatnest_usage", "--month", "November")
+    assert ran.code == 2
+    assert "argument --month: 'November' is not a month such as 2026-11" in ran.err
+    assert manage("chatnest_usage", "--by", "colour").code == 2
+
+
 # chatnest_stop, chatnest_pause, chatnest_grant
 
 
@@ -432,6 +623,26 @@ def test_the_chat_is_stopped_and_started_again(chats: Hold, manage: Manage, data
     ]
     assert paused(database) == []
     assert manage("chatnest_stop", "--resume").out == "The chat was not stopped.\n"
+
+
+def test_the_record_says_who_ran_what_and_why(manage: Manage, ada: str, database: str) -> None:
+    manage("chatnest_stop", "--reason", "the model insults people")
+    manage("chatnest_stop")
+    manage("chatnest_stop", "--resume")
+    manage("chatnest_pause", "ada", "--reason", "spam")
+    manage("chatnest_grant", "anonymous", "5,000")
+    manage("chatnest_verify")
+    who = base.operator()
+    rows = Change.objects.using(database).order_by("id")
+    assert list(rows.values_list("actor", "subject", "field", "old", "new", "reason")) == [
+        (f"{who} (chatnest_stop)", "site", "paused", "no", "yes", "the model insults people"),
+        (f"{who} (chatnest_stop)", "site", "paused", "yes", "no", ""),
+        (f"{who} (chatnest_pause)", ada, "paused", "no", "yes", "spam"),
+        (f"{who} (chatnest_grant)", "anonymous", "extra_tokens", "", "5000", ""),
+        (f"{who} (chatnest_grant)", "anonymous", "extra_day", "", "2026-11-22", ""),
+    ]
+    proof = Proof.objects.using(database).get()
+    assert (proof.actor, proof.differences, proof.at) == (f"{who} (chatnest_verify)", 0, timezone.now())
 
 
 def test_people_are_paused_by_the_names_they_have(manage: Manage, ada: str, database: str) -> None:
@@ -504,9 +715,9 @@ def test_a_grant_that_cannot_be_is_refused(manage: Manage, ada: str, database: s
 @on_sqlite
 def test_in_an_emergency_nobody_is_asked_for_a_key(database: str, manage: Manage, configure: Configure) -> None:
     configure(OPENAI_BASE_URL="api.example")
-    assert manage("chatnest_usage").code == 1
-    assert manage("chatnest_stop").code == 0
-    assert manage("chatnest_pause", "anonymous").code == 0
+    assert manage("migrate", "--plan").code == 1, "the settings are wrong"
+    for command in COMMANDS:
+        assert manage(*command).code == 0
 
 
 # All of them

@@ -14,10 +14,12 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import User
 from openai import OpenAI
 
 from chatnest.checks import check_settings
 from chatnest.conf import provider
+from chatnest.models import Change
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, free_port, serving
@@ -46,6 +48,7 @@ LIFESPAN = block("from chatnest.asgi")
 PREPARE = block("from dataclasses import replace\n\nfrom chatnest.wires")
 CONVERSATIONS = block("from dataclasses import replace\n\nfrom chatnest.signals")
 HOLD = block("import chatnest")
+CHANGES = block("from chatnest.changes")
 ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
 PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
 TEST_CASE = block("from django.test")
@@ -65,6 +68,7 @@ def test_no_block_is_left_out() -> None:
         PREPARE,
         CONVERSATIONS,
         HOLD,
+        CHANGES,
         ROUTER,
         PROVIDERS,
         TEST_CASE,
@@ -206,6 +210,15 @@ def test_a_task_pays(database: str, settled: Settled) -> None:
         exec(HOLD, names)
         assert names["digest"]("user:7", [{"role": "user", "content": "Sum this up."}]) == "Done."
     assert settled()[0].tokens_charged == 15
+
+
+def test_a_sites_own_code_says_who_it_acts_for(database: str) -> None:
+    names: dict[str, Any] = {}
+    exec(CHANGES, names)
+    names["ban"]("user:7", User(username="ada"))
+    change = Change.objects.get()
+    assert (change.subject, change.field, change.new) == ("user:7", "paused", "yes")
+    assert (change.actor, change.reason) == ("ada", "banned in the forum")
 
 
 def test_a_sites_pytest_has_a_fixture_and_asks_no_real_provider(tmp_path: Path) -> None:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import time
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import date
 from typing import Any, Final
 
-from django.contrib.auth import get_user_model
-from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError, no_translations
 from django.db import Error, IntegrityError
 from django.db.models import Case, QuerySet, When
 
 from ..accounts import NAME_RULE, SHARED, SITE, canonical, is_name, misnamed, user_named
+from ..changes import acting
 from ..conf import settings
 from ..models import Account, DailyUsage
+from ..reports import Period, Person, people
 
 PROGRESS_SECONDS: Final = 1.0
+WHY: Final = "Why, for the record of changes."
 WHO: Final = "Such as user:7, ip:192.0.2.1, or a user's name or e-mail."
 
 
 class OperatorCommand(BaseCommand):
-    """Works on the database that CHATNEST["DATABASE_ALIAS"] names, and fails without a traceback."""
+    """Works on the database that CHATNEST["DATABASE_ALIAS"] names, and fails without a traceback.
 
+    What it changes was changed by who runs it.
+    """
+
+    # None of them calls a provider, but the doctor, who runs the checks as a part of what it tells: a key or a setting
+    # that is wrong must not keep anybody from stopping the chat, or from reading what it has cost.
+    requires_system_checks = ()
     verbosity = 1
 
     def run(self, *args: Any, **options: Any) -> None:
@@ -34,8 +41,10 @@ class OperatorCommand(BaseCommand):
     @no_translations
     def handle(self, *args: Any, **options: Any) -> None:
         self.verbosity = options["verbosity"]
+        command = type(self).__module__.rpartition(".")[2]
         try:
-            self.run(**options)
+            with acting(f"{operator()} ({command})", options.get("reason", "")):
+                self.run(**options)
         except IntegrityError as error:
             raise CommandError(
                 f"The counters do not allow it: {error}\nRun chatnest_verify --repair, then this again."
@@ -104,14 +113,20 @@ def is_known(account: str) -> bool:
 
 def described(account: str) -> str:
     """``user:7 (ada)``"""
-    kind, _, pk = account.partition(":")
-    if kind != "user":
-        return account
-    users: Any = get_user_model()
-    with suppress(ValueError, ValidationError):  # no primary key could be that
-        if user := users._base_manager.filter(pk=pk).first():
-            return f"{account} ({user.get_username()})"
-    return account
+    return named(account, people([account]))
+
+
+def named(account: str, who: Mapping[str, Person]) -> str:
+    """The same, where it is known who it is."""
+    return f"{account} ({who[account].username})" if account in who else account
+
+
+def operator() -> str:
+    """The user of the operating system who runs this."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):  # a container's user may have no name
+        return "unknown"
 
 
 def usage(accounts: Collection[str] | None = None, **lookups: Any) -> QuerySet[DailyUsage]:
@@ -127,6 +142,13 @@ def day(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day such as 2026-11-22") from None
+
+
+def month(text: str) -> Period:
+    try:
+        return Period.of_month(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a month such as 2026-11") from None
 
 
 def positive(text: str) -> int:

@@ -35,16 +35,18 @@ def csv_rows(period: Period, accounts: Collection[str] = (), *, daily: bool = Tr
     fields = ("day", *_LINE) if daily else _LINE
     whole = f"{period.first} to {period.last}"
     found = summed(rows, *fields).order_by(*fields).iterator(CHUNK)
+    who: dict[str, Person | None] = {}  # everybody once, however many days they have
     while some := [row if daily else (whole, *row) for row in islice(found, CHUNK)]:
-        who = people({account for _, account, *_ in some})
+        new = {account for _, account, *_ in some} - who.keys()
+        who |= dict.fromkeys(new) | people(new)
         for row in some:
             yield list(map(safe, _cells(row, who)))
 
 
-def _cells(row: tuple[Any, ...], who: Mapping[str, Person]) -> Iterator[object]:
+def _cells(row: tuple[Any, ...], who: Mapping[str, Person | None]) -> Iterator[object]:
     day, account, *line = row[:6]
     one = figures(None, row[6:])
-    person = who.get(account)
+    person = who[account]
     yield from (str(day), account, person.name if person else "", person.email if person else "", *line)
     yield from (one.requests, one.prompt_tokens, one.cached_tokens, one.completion_tokens, one.reasoning_tokens)
     yield from (one.tokens_reported, one.tokens_counted, one.tokens_held, one.billed)

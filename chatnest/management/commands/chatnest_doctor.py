@@ -38,7 +38,6 @@ class Command(OperatorCommand):
         f"{PAYER!r} and by the site. Says what the settings, the clock, the keys and the models' reports are like, and "
         "what it cost. Exits with 1 if a profile cannot answer."
     )
-    requires_system_checks = ()  # they are a part of what is told
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--profile", action="append", metavar="NAME", help="only this one; may be repeated")

@@ -21,7 +21,6 @@ class Command(base.OperatorCommand):
         "Grant an account more tokens than its limit, for one day. HARD_CAPS still apply; for site and anonymous, the "
         "settings' limits. A second grant for the day takes the place of the first; 0 takes it back."
     )
-    requires_system_checks = ()  # about keys and settings: not now
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("account", metavar="NAME", help=base.WHO)

@@ -17,11 +17,11 @@ class Command(base.OperatorCommand):
         "Pause accounts: nobody who pays from them gets an answer, and those that are being written end within 15 "
         "seconds. Pausing anonymous stops visitors who are not logged in; chatnest_stop stops everybody."
     )
-    requires_system_checks = ()  # about keys and settings: not now
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("accounts", nargs="+", metavar="NAME", help=base.WHO)
         parser.add_argument("--resume", action="store_true", help="Let them chat again.")
+        parser.add_argument("--reason", default="", metavar="TEXT", help=base.WHY)
 
     def run(self, *args: Any, accounts: list[str], resume: bool, **options: Any) -> None:
         for name in dict.fromkeys([base.chargeable(typed) for typed in accounts]):

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 from django.core.management.base import CommandParser
 
 from chatnest import ledger
+from chatnest.conf import settings
 from chatnest.ledger import audit
+from chatnest.models import Refusal
 
 from ..base import OperatorCommand, count, days_earlier, positive
 
 
 class Command(OperatorCommand):
     help = (
-        "Delete old reservations, adjustments and rate windows. Every account's usage of every day stays, "
-        "and chatnest_verify can still prove it. Safe while the site serves, and to interrupt and run again."
+        "Delete old reservations, adjustments, rate windows and refusals. Every account's usage and bill of every day "
+        "stay, and chatnest_verify can still prove it; changes and proofs stay too. Safe while the site serves, and to "
+        "interrupt and run again."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -24,11 +28,26 @@ class Command(OperatorCommand):
 
     def run(self, *args: Any, days: int, dry_run: bool, **options: Any) -> None:
         before = days_earlier(ledger.today(), days - 1)
-        pruned = audit.prune(before, dry_run=dry_run, progress=self.progress)
+        progress = self.progress
+        pruned = audit.prune(before, dry_run=dry_run, progress=progress)
+        refusals = prune_refusals(before, dry_run=dry_run, progress=progress)
         self.say(
             f"{'Would delete' if dry_run else 'Deleted'} {count(pruned.reservations, 'reservation')}, "
-            f"{count(pruned.adjustments, 'adjustment')} and {count(pruned.rate_windows, 'rate window')} "
-            f"from before {before}."
+            f"{count(pruned.adjustments, 'adjustment')}, {count(pruned.rate_windows, 'rate window')} "
+            f"and {count(refusals, 'refusal')} from before {before}."
         )
         for day in pruned.skipped:
             self.say(f"Left {day} for another time: reservations of that day may still be settled.")
+
+
+def prune_refusals(before: date, *, dry_run: bool, progress: audit.Progress | None) -> int:
+    """How many rows; each batch is a transaction of its own."""
+    rows = Refusal.objects.using(settings.DATABASE_ALIAS).filter(day__lt=before).order_by()
+    if dry_run:
+        return rows.count()
+    deleted = 0
+    while batch := list(rows.values_list("pk", flat=True)[: audit.BATCH]):
+        deleted += rows.filter(pk__in=batch).delete()[0]
+        if progress:
+            progress(count(deleted, "refusal"))
+    return deleted

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import getpass
 from collections.abc import Set
 from datetime import date
 from typing import Any, Final, cast
@@ -8,6 +7,7 @@ from typing import Any, Final, cast
 from django.core.management.base import CommandError, CommandParser
 
 from chatnest import ledger
+from chatnest.accounts import SITE
 from chatnest.conf import settings
 from chatnest.ledger import Reset
 from chatnest.models import Reservation
@@ -15,6 +15,7 @@ from chatnest.models import Reservation
 from .. import base
 from ..base import count, usage
 
+SITE_TOO: Final = " The budget of site, from which everybody pays, is among them."
 REASON: Final = "chatnest_reset_budgets"
 UNKNOWN: Final = (
     "Nothing was reset. Accounts are named like site, user:7 or ip:192.0.2.1; chatnest_usage lists those that used "
@@ -40,7 +41,10 @@ class Command(base.OperatorCommand):
             help="These accounts, such as site, user:7, ip:192.0.2.1, or a user's name or e-mail.",
         )
         whose.add_argument(
-            "--all", action="store_true", dest="everyone", help="Every account that used anything that day."
+            "--all",
+            action="store_true",
+            dest="everyone",
+            help="Every account that used anything that day; site, from which everybody pays, is one of them.",
         )
         parser.add_argument(
             "--day", type=base.day, metavar="YYYY-MM-DD", help="The day of the budget (default: today)."
@@ -71,26 +75,31 @@ class Command(base.OperatorCommand):
         for name in dict.fromkeys(account or ()):
             if name not in used:
                 self.say(f"{name}: nothing to forgive")
+        shared = SITE_TOO if everyone and SITE in used else ""
         if not used:
             self.say(f"Nothing was reset: no tokens were used on {day}.")
         elif dry_run:
             for name, tokens in used.items():
                 self.say(f"{name}: would forgive {count(tokens, 'token')}")
-            self.say(f"Nothing was reset: without --dry-run, {count(len(used), 'account')} would be, for {day}.")
+            self.say(
+                f"Nothing was reset: without --dry-run, {count(len(used), 'account')} would be, for {day}.{shared}"
+            )
         else:
             if interactive:
-                confirm(f"This forgives what {listed(list(used))} used on {day}.")
+                confirm(f"This forgives what {listed(list(used))} used on {day}.{shared}")
             self.reset(day, list(used))
             self.say(self.style.SUCCESS(f"{count(len(used), 'account')} reset for {day}."))
             self.mention_streams(day, used.keys())
 
     def reset(self, day: date, accounts: list[str]) -> None:
-        actor = operator()
+        actor, progress = base.operator(), self.progress
         for start in range(0, len(accounts), BATCH):
             batch = accounts[start : start + BATCH]
             resets = [Reset(day=day, account=name, reason=REASON, actor=actor) for name in batch]
             for name, forgiven in zip(batch, ledger.apply(resets), strict=True):
                 self.say(f"{name}: forgave {count(cast('int', forgiven), 'token')}")
+            if progress:
+                progress(f"{start + len(batch):,} of {count(len(accounts), 'account')}")
 
     def mention_streams(self, day: date, accounts: Set[str]) -> None:
         rows = Reservation.objects.using(settings.DATABASE_ALIAS).open().filter(day=day)
@@ -114,11 +123,3 @@ def confirm(question: str) -> None:
 def listed(accounts: list[str]) -> str:
     shown, more = accounts[:5], len(accounts) - 5
     return ", ".join(shown) + (f" and {count(more, 'more account')}" if more > 0 else "")
-
-
-def operator() -> str:
-    """The user of the operating system who runs this."""
-    try:
-        return getpass.getuser()
-    except (ImportError, KeyError, OSError):  # a container's user may have no name
-        return "unknown"

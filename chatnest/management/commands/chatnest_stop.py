@@ -15,10 +15,10 @@ class Command(base.OperatorCommand):
         "Stop the chat for everybody, at once: whoever asks is told to try again later, and answers that are being "
         "written end within 15 seconds. The same as pausing the account site."
     )
-    requires_system_checks = ()  # about keys and settings: not now
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--resume", action="store_true", help="Start it again.")
+        parser.add_argument("--reason", default="", metavar="TEXT", help=base.WHY)
 
     def run(self, *args: Any, resume: bool, **options: Any) -> None:
         self.say(pause(SITE, paused=not resume))

@@ -4,7 +4,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from chatnest.ledger import audit
+from chatnest.proofs import prove
 
 from ..base import OperatorCommand, count
 
@@ -13,7 +13,7 @@ class Command(OperatorCommand):
     help = (
         "Prove the counters of every account and day: tokens used are the sum of charges and adjustments, "
         "tokens reserved are the sum of open reservations. Safe while the site serves. "
-        "Exits with 1 if a difference remains."
+        "Exits with 1 if a difference remains. When it was proven, and by whom, is recorded."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -24,10 +24,10 @@ class Command(OperatorCommand):
         )
 
     def run(self, *args: Any, repair: bool, **options: Any) -> None:
-        found = audit.verify(repair=repair, progress=self.progress)
+        proof, found = prove(repair=repair, progress=self.progress)
         for discrepancy in found:
             self.stdout.write(str(discrepancy))
-        remaining = sum(not discrepancy.repaired for discrepancy in found)
+        remaining = proof.differences - proof.repaired
         if remaining and repair:
             raise CommandError(
                 f"{count(remaining, 'difference')} not repaired: those rows add up to less than nothing, "
