@@ -22,7 +22,7 @@ from chatnest import ledger
 from chatnest.ledger import Hold, Reset, audit
 from chatnest.management import base
 from chatnest.management.commands import chatnest_reset_budgets
-from chatnest.models import Account, Adjustment, Change, DailyUsage, Proof, Refusal, Reservation, UsageLine
+from chatnest.models import Account, Adjustment, Change, DailyUsage, Refusal, Reservation, UsageLine
 
 from .bookkeeping import Clock, ask, counters, discrepancies, do, row_of, used
 from .conftest import Configure, on_sqlite
@@ -343,7 +343,6 @@ def test_old_refusals_go_and_what_people_did_stays(
         Refusal.objects.using(database).create(
             day=at.date(), hour=at, account="user:1", code="rate_limited", count=3, last_at=at
         )
-        Proof.objects.using(database).create(at=at, seconds=1, days=1, differences=0)
         Change.objects.using(database).create(at=at, kind="account", subject="site", field="paused", new="yes")
     bill(database, "user:1", date(2026, 11, 19))
     words = ("chatnest_prune", "--days", "1")
@@ -353,7 +352,7 @@ def test_old_refusals_go_and_what_people_did_stays(
     assert ran.out == "Deleted 0 reservations, 0 adjustments, 0 rate windows and 3 refusals from before 2026-11-22.\n"
     assert ran.err.splitlines()[-2:] == ["2 refusals", "3 refusals"]
     assert [row.day for row in Refusal.objects.using(database).all()] == [TODAY]
-    assert Proof.objects.using(database).count() == Change.objects.using(database).count() == 4
+    assert Change.objects.using(database).count() == 4
     assert UsageLine.objects.using(database).count() == 2
 
 
@@ -633,7 +632,7 @@ def test_the_record_says_who_ran_what_and_why(manage: Manage, ada: str, database
     manage("chatnest_grant", "anonymous", "5,000")
     manage("chatnest_verify")
     who = base.operator()
-    rows = Change.objects.using(database).order_by("id")
+    rows = Change.objects.using(database).exclude(kind="proof").order_by("id")
     assert list(rows.values_list("actor", "subject", "field", "old", "new", "reason")) == [
         (f"{who} (chatnest_stop)", "site", "paused", "no", "yes", "the model insults people"),
         (f"{who} (chatnest_stop)", "site", "paused", "yes", "no", ""),
@@ -641,8 +640,8 @@ def test_the_record_says_who_ran_what_and_why(manage: Manage, ada: str, database
         (f"{who} (chatnest_grant)", "anonymous", "extra_tokens", "", "5000", ""),
         (f"{who} (chatnest_grant)", "anonymous", "extra_day", "", "2026-11-22", ""),
     ]
-    proof = Proof.objects.using(database).get()
-    assert (proof.actor, proof.differences, proof.at) == (f"{who} (chatnest_verify)", 0, timezone.now())
+    proof = Change.objects.using(database).get(kind="proof")
+    assert (proof.actor, proof.new, proof.at) == (f"{who} (chatnest_verify)", "0", timezone.now())
 
 
 def test_people_are_paused_by_the_names_they_have(manage: Manage, ada: str, database: str) -> None:

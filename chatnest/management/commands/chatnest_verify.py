@@ -24,10 +24,10 @@ class Command(OperatorCommand):
         )
 
     def run(self, *args: Any, repair: bool, **options: Any) -> None:
-        proof, found = prove(repair=repair, progress=self.progress)
+        found = prove(repair=repair, progress=self.progress)
         for discrepancy in found:
             self.stdout.write(str(discrepancy))
-        remaining = proof.differences - proof.repaired
+        remaining = sum(not discrepancy.repaired for discrepancy in found)
         if remaining and repair:
             raise CommandError(
                 f"{count(remaining, 'difference')} not repaired: those rows add up to less than nothing, "
