@@ -20,8 +20,8 @@ The path of a request, in the order of the files to read:
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
 
 Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, hooks, asgi,
-admin, checks, receivers, routers, signals, testing and management/; for operators: reports, who used what and what it
-cost; changes, who changed what; proofs, that the sums are right.
+admin, checks, receivers, routers, signals, testing, management/ and templatetags/; for operators: reports, who used
+what and what it cost; changes, who changed what; proofs, that the sums are right; operators, the Usage page.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ FLOORS = [
     {"holds"},
     {"asgi"},
     {"views", "urls"},
+    {"operators"},
 ]
 # Beside the path: nobody imports them, but for what stands here.
 BESIDE = {
@@ -38,6 +39,7 @@ BESIDE = {
     "routers": set(),
     "migrations": set(),
     "receivers": {"apps"},
+    "templatetags": set(),
     "testing": set(),
 }
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
