@@ -16,8 +16,8 @@ from ..base import OperatorCommand, count, days_earlier, positive
 class Command(OperatorCommand):
     help = (
         "Delete old reservations, adjustments, rate windows and refusals. Every account's usage and bill of every day "
-        "stay, and chatnest_verify can still prove it; changes and proofs stay too. Safe while the site serves, and to "
-        "interrupt and run again."
+        "stay, and chatnest_verify can still prove it; so does the record of changes. Safe while the site serves, and "
+        "to interrupt and run again."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
