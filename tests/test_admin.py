@@ -109,7 +109,7 @@ def test_a_provider_that_the_settings_have_no_more_is_shown_and_not_saved(
 
 @pytest.fixture
 def ada(database: str) -> User:
-    return User.objects.create_user("ada", pk=35)
+    return User.objects.create_user("ada", "ada@example.org", pk=35, first_name="Ada", last_name="Lovelace")
 
 
 def add(admin: Browser, name: str, **typed: Any) -> dict[str, list[str]]:
@@ -127,6 +127,10 @@ def add(admin: Browser, name: str, **typed: Any) -> dict[str, list[str]]:
         ("ip:2A00:1450:4001:081B::1", "ip:2a00:1450:4001:81b::"),
         ("ip:::ffff:192.0.2.1", "ip:192.0.2.1"),
         ("ip:unknown", "ip:unknown"),
+        ("192.0.2.1:80", "ip:192.0.2.1"),
+        ("2001:DB8::1", "ip:2001:db8::1"),
+        ("ada", "user:35"),
+        ("Ada@Example.org", "user:35"),
         ("key:3", "key:3"),
     ],
 )
@@ -149,8 +153,6 @@ NO_REQUEST = "No request is charged to {}. Did you mean {}?"
         ("User:35", NO_REQUEST.format("User:35", "user:35")),
         ("users: 35", NO_REQUEST.format("users: 35", "user:35")),
         ("IP:192.0.2.1", NO_REQUEST.format("IP:192.0.2.1", "ip:192.0.2.1")),
-        ("192.0.2.1:80", NO_REQUEST.format("192.0.2.1:80", "ip:192.0.2.1")),
-        ("ada", NO_REQUEST.format("ada", "user:35")),
         ("team", "No request is charged to team. Accounts are named like site, user:7 or ip:192.0.2.1."),
         ("team:blue", "No request is charged to team:blue. Accounts are named like site, user:7 or ip:192.0.2.1."),
         ("user:ada", "There is no user with the primary key ada. Did you mean user:35?"),
