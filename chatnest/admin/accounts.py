@@ -101,7 +101,7 @@ class AccountAdmin(Page):
     def save_model(self, request: HttpRequest, obj: Account, form: Any, change: bool) -> None:
         super().save_model(request, obj, form, change)
         if not change and (person := people.names([obj.name]).get(obj.name)):
-            self.message_user(request, _("%(account)s is %(person)s.") % {"account": obj, "person": person})
+            self.message_user(request, _("This is %(person)s: %(account)s.") % {"account": obj, "person": person})
 
     def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponse:
         """Says what the deleted decisions leave."""

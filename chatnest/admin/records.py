@@ -31,9 +31,7 @@ class UsageLineAdmin(Record):
 
 @admin.register(Reservation)
 class ReservationAdmin(Record):
-    list_display = columns(
-        Reservation, "created_at", "payer", "tokens_charged", "outcome", "profile", "usage_source", "cost"
-    )
+    list_display = columns(Reservation, "created_at", "payer", "tokens_charged", "outcome", "cost", "profile")
     list_filter = ("state", "outcome", "usage_source", "profile")
     account_field = "payer"
     search_fields = ("payer", "id")
