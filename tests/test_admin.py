@@ -627,6 +627,7 @@ def test_deleting_says_what_it_leaves(admin: Browser) -> None:
     asked = page(admin, "account_delete", row.pk)
     assert "ip:192.0.2.1 is paused, and will not be." in asked
     assert "In force today without this row: 200,000 (200,000 by expanded)." in asked
+    assert "Those that are paused here will not be." in act(admin, "delete_selected", row.name).content.decode()
 
 
 def test_an_account_whose_row_somebody_deleted_is_added_again(admin: Browser) -> None:

@@ -13,7 +13,7 @@ from django.contrib.auth.models import User
 from django.test import Client as Session
 from django.urls import reverse
 from django.utils import timezone
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from chatnest.conf import today
 from chatnest.models import (
@@ -155,16 +155,20 @@ def go(visit: Visit, user: User, model: Any, place: str) -> Page:
     name = f"chatnest_{model._meta.model_name}"
     if place == "pause":
         page = visit(user, f"{name}_changelist")
-        choose(page, "anonymous", "site", action="Pause the chosen accounts")
+        choose(page, "anonymous", "site", action="Pause selected accounts")
         return page
     row = model.objects.filter(name__in=["user:35", "vip"]).first() if model in (Account, Profile) else None
     row = row or model.objects.first()
     return visit(user, f"{name}_{place}", *([row.pk] if place in ("change", "delete") else []))
 
 
+def row_of(page: Page, account: str) -> Locator:
+    return page.locator("tr", has=page.get_by_role("link", name=account, exact=True))
+
+
 def choose(page: Page, *accounts: str, action: str) -> None:
     for name in accounts:
-        page.locator("tr", has=page.get_by_role("link", name=name, exact=True)).get_by_role("checkbox").check()
+        row_of(page, name).get_by_role("checkbox").check()
     page.get_by_label("Action:").select_option(action)
     page.get_by_role("button", name="Go").click()
 
@@ -186,12 +190,12 @@ def test_every_page_is_read_without_seeing_it_all_or_well(visit: Visit, grace: U
 
 def test_an_operator_pauses_somebody_and_a_colleague_reads_why(visit: Visit, grace: User) -> None:
     page = visit(grace, "chatnest_account_changelist")
-    choose(page, "anonymous", action="Pause the chosen accounts")
+    choose(page, "anonymous", action="Pause selected accounts")
     expect(page.get_by_role("heading", level=1)).to_have_text("Pause accounts")
     page.get_by_label("Reason:").fill("they repeat themselves")
     page.get_by_role("button", name="Pause").click()
     expect(page.locator(".messagelist")).to_contain_text("1 account is paused.")
-    expect(page.locator("tr", has_text="anonymous").locator(".field-state")).to_have_text("Paused")
+    expect(row_of(page, "anonymous").locator(".field-state")).to_have_text("Paused")
     page.get_by_role("link", name="anonymous", exact=True).click()
     page.get_by_role("link", name="History").click()
     expect(page.locator("#change-history")).to_contain_text("Paused. they repeat themselves")
@@ -201,10 +205,10 @@ def test_an_operator_finds_a_user_by_name_and_pauses_her(visit: Visit, grace: Us
     User.objects.create_user("marie", first_name="Marie", last_name="Curie", pk=1867)
     page = visit(grace, "chatnest_account_add")
     page.locator(".select2-selection").first.click()
-    page.get_by_role("searchbox").fill("curie")
+    page.locator(".select2-search__field").fill("curie")
     page.get_by_role("option", name="marie").click()
     page.get_by_label("Paused").check()
     page.get_by_role("button", name="Save", exact=True).click()
-    row = page.locator("tr", has_text="user:1867")
+    row = row_of(page, "user:1867")
     expect(row.locator(".field-who")).to_have_text("Marie Curie")
     expect(row.locator(".field-state")).to_have_text("Paused")

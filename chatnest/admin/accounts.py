@@ -110,11 +110,11 @@ class AccountAdmin(Page):
         then = {"account": row, "then": in_force(left, daily_limit(left)) if left else ""}
         return super().delete_view(request, object_id, {**then, **(extra_context or {})})
 
-    @admin.action(permissions=["pause"], description=gettext_lazy("Pause the chosen accounts"))
+    @admin.action(permissions=["pause"], description=gettext_lazy("Pause selected accounts"))
     def pause(self, request: HttpRequest, queryset: models.QuerySet[Account]) -> HttpResponse | None:
         return confirmed(self, request, queryset, paused=True)
 
-    @admin.action(permissions=["pause"], description=gettext_lazy("Let the chosen accounts chat again"))
+    @admin.action(permissions=["pause"], description=gettext_lazy("Let selected accounts chat again"))
     def resume(self, request: HttpRequest, queryset: models.QuerySet[Account]) -> HttpResponse | None:
         return confirmed(self, request, queryset, paused=False)
 
