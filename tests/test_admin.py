@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import html
 import re
-from datetime import date
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import User
+from django.contrib.admin import site
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import Permission, User
 from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.test import Client as Browser
@@ -16,12 +20,34 @@ from django.urls import reverse
 
 from chatnest.conf import today
 from chatnest.limits import DEFAULT_PROFILES
-from chatnest.models import Account, DailyUsage, Profile
+from chatnest.models import (
+    Account,
+    Adjustment,
+    Change,
+    DailyUsage,
+    Price,
+    Profile,
+    Refusal,
+    Reservation,
+    UsageLine,
+)
 
 from .client import Client
 from .conftest import Configure, EditProfile, on_sqlite
 
 pytestmark = on_sqlite
+
+NOW = datetime(2026, 11, 29, 10, tzinfo=UTC)
+HELD: dict[str, Any] = {
+    "day": date(2026, 11, 29),
+    "accounts": ["site"],
+    "profile": "balanced",
+    "model": "m",
+    "tokens": 1234,
+    "created_at": NOW,
+    "expires_at": NOW + timedelta(seconds=30),
+}
+CLOSED: dict[str, Any] = {**HELD, "state": "settled", "outcome": "completed", "settled_at": NOW}
 
 
 @pytest.fixture
@@ -109,7 +135,7 @@ def test_a_provider_that_the_settings_have_no_more_is_shown_and_not_saved(
 
 @pytest.fixture
 def ada(database: str) -> User:
-    return User.objects.create_user("ada", pk=35)
+    return User.objects.create_user("ada", "ada@example.org", pk=35, first_name="Ada", last_name="Lovelace")
 
 
 def add(admin: Browser, name: str, **typed: Any) -> dict[str, list[str]]:
@@ -127,6 +153,10 @@ def add(admin: Browser, name: str, **typed: Any) -> dict[str, list[str]]:
         ("ip:2A00:1450:4001:081B::1", "ip:2a00:1450:4001:81b::"),
         ("ip:::ffff:192.0.2.1", "ip:192.0.2.1"),
         ("ip:unknown", "ip:unknown"),
+        ("192.0.2.1:80", "ip:192.0.2.1"),
+        ("2001:DB8::1", "ip:2001:db8::1"),
+        ("ada", "user:35"),
+        ("Ada@Example.org", "user:35"),
         ("key:3", "key:3"),
     ],
 )
@@ -149,8 +179,6 @@ NO_REQUEST = "No request is charged to {}. Did you mean {}?"
         ("User:35", NO_REQUEST.format("User:35", "user:35")),
         ("users: 35", NO_REQUEST.format("users: 35", "user:35")),
         ("IP:192.0.2.1", NO_REQUEST.format("IP:192.0.2.1", "ip:192.0.2.1")),
-        ("192.0.2.1:80", NO_REQUEST.format("192.0.2.1:80", "ip:192.0.2.1")),
-        ("ada", NO_REQUEST.format("ada", "user:35")),
         ("team", "No request is charged to team. Accounts are named like site, user:7 or ip:192.0.2.1."),
         ("team:blue", "No request is charged to team:blue. Accounts are named like site, user:7 or ip:192.0.2.1."),
         ("user:ada", "There is no user with the primary key ada. Did you mean user:35?"),
@@ -182,7 +210,7 @@ def test_what_a_sites_own_rule_charges_can_be_paused_and_a_slip_is_none_of_it(
         assert add(admin, name, paused=True) == {}
         assert Account.objects.get(name=name).paused
     assert add(admin, "Site") == {"name": [NO_REQUEST.format("Site", "site")]}
-    assert add(admin, "user:36") == {"name": ["There is no user with the primary key 36."]}
+    assert add(admin, "user:999") == {"name": ["There is no user with the primary key 999."]}
 
 
 def test_what_has_been_charged_can_be_paused_whatever_it_is_called(admin: Browser) -> None:
@@ -383,3 +411,306 @@ def test_a_number_of_tokens_has_its_day_in_the_database_too(database: str) -> No
     for half in ({"extra_tokens": 5}, {"extra_day": date(2026, 11, 25)}):
         with pytest.raises(IntegrityError), transaction.atomic():
             Account.objects.create(name="ip:192.0.2.1", **half)
+
+
+# Whom it is about.
+
+
+def test_a_user_is_chosen_and_not_typed(admin: Browser, ada: User) -> None:
+    """By Django's own search of users, which lists those that match and not a hundred thousand."""
+    form = page(admin, "account_add")
+    assert 'name="user"' in form and 'data-model-name="logentry" data-field-name="user"' in form
+    assert "Lovelace" not in form
+    asked = {"app_label": "admin", "model_name": "logentry", "field_name": "user", "term": "lovelace"}
+    assert admin.get(reverse("admin:autocomplete"), asked).json()["results"] == [{"id": "35", "text": "ada"}]
+    assert add(admin, "", user=35, paused=True) == {}
+    assert Account.objects.get(name="user:35").paused
+    assert "This is Ada Lovelace (ada@example.org): user:35." in html.unescape(page(admin, "account_changelist"))
+
+
+def test_a_choice_and_another_name_are_not_both_meant(admin: Browser, ada: User) -> None:
+    problem = {"name": ["This is another account: choose a user, or type a name."]}
+    assert add(admin, "ip:192.0.2.1", user=35) == problem
+    assert add(admin, "ada", user=35) == {}
+
+
+def test_users_are_typed_where_the_admin_has_no_page_of_them(
+    admin: Browser, ada: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(site._registry, User)
+    assert 'name="user"' not in page(admin, "account_add")
+    assert add(admin, "ada@example.org") == {}
+    assert Account.objects.filter(name="user:35").exists()
+
+
+def test_whoever_may_not_see_users_types_them(staff: Staff, ada: User) -> None:
+    browser = staff("add_account", "view_account")
+    assert 'name="user"' not in page(browser, "account_add")
+    assert add(browser, "ada") == {}
+
+
+def test_people_stand_beside_their_accounts_in_one_query(
+    admin: Browser, ada: User, django_assert_max_num_queries: Any
+) -> None:
+    for number in range(40):
+        user = User.objects.create_user(f"user{number}", pk=1000 + number)
+        DailyUsage.objects.create(day=today(), account=f"user:{user.pk}", tokens_used=1_234_567)
+    DailyUsage.objects.create(day=today(), account="user:35")
+    DailyUsage.objects.create(day=today(), account="user:nobody")
+    DailyUsage.objects.create(day=today(), account=f"user:{10**30}")
+    with django_assert_max_num_queries(9):  # with the session, the user, the hierarchy of days
+        listed = html.unescape(page(admin, "dailyusage_changelist"))
+    assert 'user:35 <span class="chatnest-who">Ada Lovelace (ada@example.org)</span>' in listed
+    assert 'user:1039 <span class="chatnest-who">user39</span>' in listed
+    assert "1,234,567" in listed
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("dailyusage", lambda account: DailyUsage(account=account, day=today())),
+        ("usageline", lambda account: UsageLine(account=account, day=today(), model="m")),
+        ("refusal", lambda account: Refusal(account=account, day=today(), hour=NOW, last_at=NOW, code="paused")),
+        ("adjustment", lambda account: Adjustment(account=account, day=today(), tokens=1, kind="late", created_at=NOW)),
+        ("change", lambda account: Change(subject=account, at=NOW, kind="account", field="paused")),
+        ("reservation", lambda account: Reservation(payer=account, **HELD)),
+    ],
+)
+def test_every_list_finds_an_account_by_its_whole_name_or_its_person(
+    admin: Browser, ada: User, name: str, make: Callable[[str], Any]
+) -> None:
+    for account in ["user:35", "user:3500", "ip:2001:db8::1"]:
+        make(account).save()
+
+    def found(text: str) -> list[str]:
+        cells = re.findall(
+            r'field-(?:account|payer|subject)[^"]*">(?:<a [^>]*>)?([^< ]*)', page(admin, f"{name}_changelist", q=text)
+        )
+        return sorted(cells)
+
+    assert found("user:35") == ["user:35"]
+    assert found("lovelace") == found("ada@example.org") == ["user:35"]
+    assert found("ip:2001:DB8::1") == ["ip:2001:db8::1"]
+    assert found("350") == ["user:3500"]
+    # What is a whole name is not a part of another, also where nothing is stored of it.
+    User.objects.create_user("eve", pk=3)
+    assert found("user:3") == []
+
+
+# What a value is.
+
+
+def test_money_is_in_the_currency_and_what_has_no_price_is_a_word(admin: Browser, configure: Configure) -> None:
+    costs = [None, 0, 1_234, 1_500_000, 12_345_678_900_000]
+    for cost in costs:
+        Reservation.objects.create(payer="ip:192.0.2.1", cost=cost, **CLOSED)
+    open_now = Reservation.objects.create(payer="ip:192.0.2.1", **HELD)
+    listed = page(admin, "reservation_changelist")
+    cells = re.findall(r'field-cost_in_currency[^"]*">([^<]*)', listed)
+    assert sorted(cells) == sorted(["unpriced", "0.00", "0.001234", "1.50", "12,345,678.90", "-"])
+    assert "cost (USD)" in listed.lower().replace("(usd)", "(USD)")
+    assert "millionths" not in page(admin, "reservation_change", open_now.pk)
+
+
+def test_a_bill_says_what_had_no_price(admin: Browser) -> None:
+    for model, cost, unpriced in [("a", 1_500_000, 0), ("b", 1_500_000, 1200), ("c", 0, 3), ("d", 0, 0)]:
+        UsageLine.objects.create(account="site", day=today(), model=model, cost=cost, unpriced=unpriced)
+    cells = re.findall(r'field-cost_in_currency[^"]*">([^<]*)', page(admin, "usageline_changelist"))
+    assert sorted(cells) == sorted(["1.50", "1.50, and 1,200 unpriced", "unpriced", "0.00"])
+
+
+def test_a_time_has_seconds_and_the_name_of_its_zone(admin: Browser, settings: Any) -> None:
+    at = datetime(2026, 7, 1, 10, 11, 12, tzinfo=UTC)
+    row = Adjustment.objects.create(day=at.date(), account="user:1", tokens=1234, kind="late", created_at=at)
+    settings.TIME_ZONE = "Europe/Berlin"
+    for shown in (page(admin, "adjustment_changelist"), page(admin, "adjustment_change", row.pk)):
+        assert "2026-07-01 12:11:12 CEST" in shown
+        assert "1,234" in shown
+
+
+def test_a_price_is_set_and_says_by_whom(admin: Browser, configure: Configure) -> None:
+    configure(PROVIDERS={"local": {"BASE_URL": "http://127.0.0.1:8080/v1"}})
+    price = Price(provider="local", model="llama", input=Decimal("0.000125"), output=Decimal(1234))
+    assert save(admin, price) == {}
+    listed = page(admin, "price_changelist")
+    assert "0.000125" in listed and "1,234.00" in listed
+    assert re.search(r"operator, \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", listed)
+    assert "USD for a million tokens" in page(admin, "price_add")
+    negative = save(admin, Price(model="m", input=Decimal(-1), output=Decimal(1)))
+    assert negative == {"input": ["Ensure this value is greater than or equal to 0."]}
+
+
+# A profile's limits.
+
+
+def test_a_limit_above_the_caps_is_said_to_be_so(admin: Browser, edit_profile: EditProfile) -> None:
+    row = edit_profile("vip", daily_token_limit=70_000)
+    assert save(admin, row, daily_token_limit=900_000) == {}
+    listed = html.unescape(page(admin, "profile_changelist"))
+    assert "Daily token limit: 900,000 was typed, HARD_CAPS allow 500,000." in listed
+    assert "<strong>500,000</strong> (HARD_CAPS; 900,000 was typed)" in listed
+
+
+def test_a_profiles_limit_that_would_change_nothing_is_refused(admin: Browser, edit_profile: EditProfile) -> None:
+    row = edit_profile("vip", daily_token_limit=500_000)
+    nothing = "This would change nothing: HARD_CAPS allow {}."
+    assert save(admin, row, daily_token_limit=900_000) == {"daily_token_limit": [nothing.format("500,000")]}
+    assert save(admin, row, rate_window_seconds=30) == {"rate_window_seconds": [nothing.format("60")]}
+    assert save(admin, row, daily_token_limit=400_000) == {}
+
+
+def test_a_profile_above_caps_that_were_lowered_later_can_still_be_edited(
+    admin: Browser, configure: Configure, edit_profile: EditProfile
+) -> None:
+    row = edit_profile("vip")
+    configure(HARD_CAPS={"daily_token_limit": 1000})
+    assert save(admin, row, model="another") == {}
+    assert Profile.objects.get(pk=row.pk).model == "another"
+
+
+def test_a_days_money_above_the_months_is_refused(admin: Browser, edit_profile: EditProfile) -> None:
+    problem = {"daily_money_limit": ["This would change nothing: the month's limit is lower."]}
+    for row in (edit_profile("vip"), Account.objects.get(name="site")):
+        assert save(admin, row, daily_money_limit="10.01", monthly_money_limit="10") == problem
+        assert save(admin, row, daily_money_limit="2.50", monthly_money_limit="10") == {}
+        row.refresh_from_db()
+        assert (row.daily_money_limit, row.monthly_money_limit) == (Decimal("2.50"), Decimal(10))
+        assert "Daily money limit (USD)" in page(admin, f"{row._meta.model_name}_change", row.pk)
+
+
+# Pausing from the list.
+
+
+def act(browser: Browser, action: str, *names: str, **typed: str) -> Any:
+    rows = list(Account.objects.filter(name__in=names).values_list("pk", flat=True))
+    sent = {"action": action, "_selected_action": rows, **typed}
+    return browser.post(reverse("admin:chatnest_account_changelist"), sent, follow=True)
+
+
+def test_a_page_says_what_pausing_will_change_before_it_does(admin: Browser, ada: User) -> None:
+    Account.objects.create(name="user:35")
+    for accounts in (["user:35", "site"], ["ip:192.0.2.1", "anonymous", "site"], ["key:3", "site"]):
+        Reservation.objects.create(payer=accounts[0], **HELD | {"accounts": accounts})
+    asked = html.unescape(act(admin, "pause", "user:35", "anonymous").content.decode())
+    assert 'user:35 <span class="chatnest-who">Ada Lovelace (ada@example.org)</span>' in asked
+    assert "Answers being written for them now: <strong>2</strong>. They end within 15 seconds." in asked
+    assert "The chat is paused by its operator. Please try again later." in asked
+    assert not Account.objects.filter(paused=True).exists()
+    assert "Answers being written for them now: <strong>3</strong>" in act(admin, "pause", "site").content.decode()
+
+
+def test_pausing_is_done_at_once_and_undone(admin: Browser, client: Client) -> None:
+    """In the process that serves the page too: it hears of each row."""
+    assert client.chat().status == 200
+    done = act(admin, "pause", "site", "anonymous", confirmed="yes", reason="spam")
+    assert "2 accounts are paused." in done.content.decode()
+    assert client.chat().json["code"] == "paused"
+    told = LogEntry.objects.values_list("object_repr", "change_message")
+    assert sorted(told) == [("anonymous", "Paused. spam"), ("site", "Paused. spam")]
+    assert "so already" in act(admin, "pause", "site").content.decode()
+    assert "may chat again" in act(admin, "resume", "site", "anonymous").content.decode()
+    assert "2 accounts may chat again." in act(admin, "resume", "site", "anonymous", confirmed="yes").content.decode()
+    assert client.chat().status == 200
+
+
+def test_all_of_a_long_list_are_paused_at_once(admin: Browser) -> None:
+    Account.objects.bulk_create([Account(name=f"key:{number}") for number in range(1200)])
+    asked = act(admin, "pause", "site", select_across="1", index="0").content.decode()
+    assert "and 1,102 more" in asked and 'name="select_across" value="1"' in asked
+    act(admin, "pause", "site", select_across="1", confirmed="yes")
+    assert not Account.objects.filter(paused=False).exists()
+
+
+def test_deleting_says_what_it_leaves(admin: Browser) -> None:
+    row = Account.objects.create(name="ip:192.0.2.1", paused=True, daily_token_limit=5)
+    asked = page(admin, "account_delete", row.pk)
+    assert "ip:192.0.2.1 is paused, and will not be." in asked
+    assert "In force today without this row: 200,000 (200,000 by expanded)." in asked
+    assert "Those that are paused here will not be." in act(admin, "delete_selected", row.name).content.decode()
+
+
+def test_an_account_whose_row_somebody_deleted_is_added_again(admin: Browser) -> None:
+    Account.objects.filter(name="site").delete()
+    assert add(admin, "site", paused=True) == {}
+    assert in_force(admin, "site") == "Paused: none: site is paused"
+
+
+# Who may do what.
+
+Staff = Callable[..., Browser]
+
+
+@pytest.fixture
+def staff(database: str) -> Staff:
+    """Somebody with these permissions only: ``staff("view_account")``."""
+
+    def staff(*permissions: str) -> Browser:
+        user = User.objects.create_user(f"staff{User.objects.count()}", is_staff=True)
+        user.user_permissions.set(Permission.objects.filter(codename__in=permissions))
+        browser = Browser()
+        browser.force_login(user)
+        return browser
+
+    return staff
+
+
+SHOWN = [model for model in site._registry if model._meta.app_label == "chatnest" and not model._meta.proxy]
+
+
+def test_whoever_may_only_look_sees_every_page_and_no_button(staff: Staff, admin: Browser) -> None:
+    look = staff(*(f"view_{model._meta.model_name}" for model in SHOWN))
+    Reservation.objects.create(payer="ip:192.0.2.1", **HELD)
+    Change.objects.create(at=NOW, kind="account", subject="site", field="paused")
+    Price.objects.create(model="m", input=1, output=2)
+    Account.objects.filter(name="site").update(paused=True, daily_token_limit=12_345)
+    for model in SHOWN:
+        name = model._meta.model_name
+        listed = page(look, f"{name}_changelist")
+        assert "addlink" not in listed and 'name="action"' not in listed, name
+        if row := model._default_manager.first():
+            shown = page(look, f"{name}_change", row.pk)
+            assert 'name="_save"' not in shown and "deletelink" not in shown, name
+            assert "icon-yes" not in shown and "icon-no" not in shown, name
+    shown = page(look, "account_change", Account.objects.get(name="site").pk)
+    assert "<strong>Paused</strong>" in shown and "12,345" in shown
+    refused = act(look, "pause", "anonymous", confirmed="yes")
+    assert not Account.objects.get(name="anonymous").paused, refused.content
+
+
+def test_whoever_may_nothing_sees_nothing(staff: Staff) -> None:
+    nobody = staff()
+    for model in SHOWN:
+        assert nobody.get(reverse(f"admin:chatnest_{model._meta.model_name}_changelist")).status_code == 403
+
+
+def test_limits_pauses_and_grants_are_permissions_of_their_own(staff: Staff) -> None:
+    row = Account.objects.create(name="ip:192.0.2.1")
+    typed = {"daily_token_limit": 1000, "extra_tokens": 5, "paused": True}
+    change = staff("change_account", "view_account")
+    assert 'name="paused"' not in page(change, "account_change", row.pk)
+    assert save(change, row, **typed) == {}
+    row.refresh_from_db()
+    assert (row.daily_token_limit, row.extra_tokens, row.paused) == (1000, None, False)
+    assert save(staff("change_account", "grant_tokens"), row, **typed) == {}
+    row.refresh_from_db()
+    assert (row.extra_tokens, row.paused) == (5, False)
+    assert save(staff("change_account", "pause_account"), row, **typed) == {}
+    row.refresh_from_db()
+    assert row.paused
+
+
+def test_stopping_everybody_is_a_permission_of_its_own(staff: Staff) -> None:
+    pauses = staff("view_account", "change_account", "pause_account")
+    site_row = Account.objects.get(name="site")
+    assert 'name="paused"' not in page(pauses, "account_change", site_row.pk)
+    assert "You may not do that to site." in act(pauses, "pause", "site", "anonymous").content.decode()
+    act(pauses, "pause", "site", "anonymous", confirmed="yes")
+    assert not Account.objects.filter(paused=True).exists()
+    act(pauses, "pause", "anonymous", confirmed="yes")
+    assert Account.objects.get(name="anonymous").paused
+    act(staff("view_account", "stop_chat"), "pause", "site", confirmed="yes")
+    assert Account.objects.get(name="site").paused
+
+
+def test_a_page_that_nobody_can_act_on_is_not_there(admin: Browser) -> None:
+    assert "ratewindow" not in admin.get(reverse("admin:app_list", args=["chatnest"])).content.decode()

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from django.contrib.auth.models import User
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from chatnest.conf import now, today
 from chatnest.models import Account, DailyUsage, Refusal, Reservation, UsageLine
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import Client
-from .conftest import not_here, on_sqlite
+from .conftest import on_sqlite
 from .test_operators import hold
-from .test_page import FLAGS
 
 pytestmark = on_sqlite
 
 MOST_CLICKS = 4
 PASSWORD = "correct horse"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if executable is None:
-        not_here("The page is looked at in Chromium: install it, or name its path in CHROMIUM.")
-    with pytest.MonkeyPatch.context() as patch, sync_playwright() as playwright:
-        # Its loop runs in this thread for as long as the browser does, and Django takes that for an async view's.
-        patch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class OnCall:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 from django.contrib.auth.models import User
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from chatnest.models import Account
 from chatnest.testing import SECRET, FakeUpstream, Reply
 
 from .client import Client
-from .conftest import Configure, EditProfile, Settled, not_here, on_sqlite
+from .conftest import Configure, EditProfile, Settled, on_sqlite
 
 pytestmark = on_sqlite
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
 Visit = Callable[[], Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if executable is None:
-        not_here("The page is tested in Chromium: install it, or name its path in CHROMIUM.")
-    with pytest.MonkeyPatch.context() as patch, sync_playwright() as playwright:
-        # Its loop runs in this thread for as long as the browser does, and Django takes that for an async view's.
-        patch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

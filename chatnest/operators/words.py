@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Final
 
@@ -15,6 +16,7 @@ from django.utils.translation import gettext_lazy, ngettext
 from ..conf import aware, time_zone
 from ..reports import currency
 
+LEAST, MOST = 2, 6  # decimals of an amount of money
 NOTHING: Final = "\N{EN DASH}"  # where there is no figure
 REASONS: Final[Mapping[str, str | Promise]] = MappingProxyType(
     {
@@ -96,11 +98,14 @@ def lasting(span: timedelta) -> str:
     return _("%(minutes)d min %(seconds)d s") % {"minutes": minutes, "seconds": rest} if minutes else _("%d s") % rest
 
 
+def amount(value: Decimal) -> str:
+    """With two decimals, or as many as it has, up to six."""
+    digits = f"{value:.{MOST}f}".rstrip("0").partition(".")[2]
+    return formats.number_format(value, decimal_pos=max(LEAST, len(digits)), force_grouping=True)
+
+
 def money(millionths: int | None) -> str:
     """In the site's currency, exactly; nothing where no price was known."""
     if millionths is None:
         return ""
-    units, rest = divmod(abs(millionths), 1_000_000)
-    digits = f"{rest:06}".rstrip("0").ljust(2, "0")
-    sign = "-" if millionths < 0 else ""
-    return f"{sign}{number(units)}{formats.get_format('DECIMAL_SEPARATOR')}{digits} {currency()}"
+    return f"{amount(Decimal(millionths).scaleb(-MOST))} {currency()}"
