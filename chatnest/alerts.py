@@ -65,7 +65,7 @@ def mail_refusal(provider: str, model: str, detail: str, **kwargs: Any) -> None:
     if settings.ALERTS:
         names = {"provider": provider, "model": model, "cause": detail}
         _mail(
-            _("Chat: the provider %(provider)s refuses it (%(cause)s)") % names,
+            _("Chat: the provider %(provider)s refuses requests (%(cause)s)") % names,
             [
                 _("The provider %(provider)s does not answer for the model %(model)s: %(cause)s.") % names,
                 _(

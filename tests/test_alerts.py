@@ -129,7 +129,7 @@ def test_a_wrong_key_is_mailed_at_once_and_without_it(client: Client, upstream: 
     upstream.replies(Reply.refuse(401, message=f"Incorrect API key provided: {SECRET}"), Reply.refuse(401))
     for _ in range(2):
         assert client.chat().data("error")["code"] == "upstream_misconfigured"
-    assert mailed() == ["Chat: the provider default refuses it (wrong key)"]
+    assert mailed() == ["Chat: the provider default refuses requests (wrong key)"]
     body = mail.outbox[0].body
     assert "The provider default does not answer for the model gpt-4o-mini: wrong key." in body
     assert SECRET not in body and "sk-" not in body and "Incorrect" not in body
@@ -139,21 +139,21 @@ def test_a_wrong_key_is_mailed_at_once_and_without_it(client: Client, upstream: 
 def test_credit_that_is_used_up_in_the_middle_of_an_answer(client: Client, upstream: FakeUpstream) -> None:
     upstream.replies(Reply("He", {"error": {"code": "insufficient_quota", "message": "Pay."}}))
     assert client.chat().events[-1] == "error"
-    assert mailed() == ["Chat: the provider default refuses it (quota used up)"]
+    assert mailed() == ["Chat: the provider default refuses requests (quota used up)"]
 
 
 @pytest.mark.usefixtures("two")
 def test_a_key_that_a_fallback_hides_from_readers(client: Client, upstream: FakeUpstream) -> None:
     upstream.replies(Reply.refuse(401))
     assert client.chat().events[-1] == "done"
-    assert mailed() == ["Chat: the provider default refuses it (wrong key)"]
+    assert mailed() == ["Chat: the provider default refuses requests (wrong key)"]
 
 
 def test_the_sites_own_call_is_refused(upstream: FakeUpstream, database: str) -> None:
     upstream.replies(Reply.refuse(404))
     with pytest.raises(openai.NotFoundError):
         a_task(upstream)
-    assert mailed() == ["Chat: the provider default refuses it (unknown model)"]
+    assert mailed() == ["Chat: the provider default refuses requests (unknown model)"]
 
 
 @on_sqlite
@@ -255,4 +255,4 @@ def test_a_database_that_is_away_is_asked_again_a_minute_later(
         eventually(lambda: "The database does not answer" in caplog.text)
     alerts._look_at.clear()  # a minute later
     client.chat()
-    assert mailed() == ["Chat: the provider default refuses it (wrong key)"]
+    assert mailed() == ["Chat: the provider default refuses requests (wrong key)"]
