@@ -15,13 +15,15 @@ The path of a request, in the order of the files to read:
     provider      one call of the model through the openai package, and what it really said
     holds         the same for a call that the site's own code makes: ``chatnest.hold``
     attempts      the calls until one answers, each held and counted
+    alerts        operators are mailed: a budget runs out, a provider refuses the key
     stream        its pieces to frames, and one settlement however it ends
     deadlines     when waiting for the model ends, and when the reader hears a ping
     frames        what is made and not taken yet: bounded, so that a slow reader holds the provider back
 
-Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, hooks, asgi,
-admin, checks, receivers, routers, signals, testing, management/ and templatetags/; for operators: reports, who used
-what and what it cost; changes, who changed what; proofs, that the sums are right; operators, the Usage page.
+Folders are rooms of several files; their docstrings name them. Beside the path: models, conf, errors, hooks, logs,
+metrics (OpenTelemetry), asgi, admin, checks, receivers, routers, signals, testing, management/ and templatetags/; for
+operators: reports, who used what and what it cost; changes, who changed what; proofs, that the sums are right; alerts;
+operators, the Usage page.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ class ChatnestConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks, receivers  # noqa: F401 - they register themselves
+        from . import alerts, checks, receivers  # noqa: F401 - they register themselves
 
         post_migrate.connect(receivers.deliver_rows, sender=self)
         if "django.core.asgi" in sys.modules:  # to serve, and not a command: nobody is to wait while these are loaded

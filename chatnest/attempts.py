@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
+from .alerts import tell_if_misconfigured
 from .conf import provider, settings
 from .deadlines import Deadlines
 from .errors import ChatError, UpstreamError
@@ -19,6 +20,8 @@ from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
 from .ledger.charges import Billed, Received, most_received, settlement
 from .ledger.worker import LiveStream
+from .logs import fields
+from .metrics import tokens_used
 from .models import Reservation
 from .provider.answer import FinishReason
 from .provider.call import Call
@@ -100,10 +103,12 @@ class Attempts:
             self._messages,
             max_tokens=self.hold.output_tokens,
             temperature=self._temperature,
+            log_fields=fields(self.hold),
         )
         return self.call
 
     async def _fall_back(self, fallback: Reserve, call: Call, error: UpstreamError) -> None:
+        tell_if_misconfigured(self.hold, error)
         if call.billed:
             await self._reserve_again(fallback, error)
         else:  # the same hold pays
@@ -111,7 +116,8 @@ class Attempts:
             self._count_for(fallback.held(self.hold.output_tokens, self.hold.remaining))
 
     async def _reserve_again(self, ask: Reserve, error: UpstreamError) -> None:
-        batcher.settle(self.settlement(Outcome.UPSTREAM_ERROR))
+        batcher.settle(settle := self.settlement(Outcome.UPSTREAM_ERROR))
+        tokens_used(settle)
         batcher.unwatch(self._chat)
         self._ask, self.call = ask.again(), None
         try:

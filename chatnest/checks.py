@@ -10,7 +10,7 @@ from typing import Any
 
 from django.apps import AppConfig, apps
 from django.conf import settings as django_settings
-from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.core.checks import CheckMessage, Error, Info, Tags, Warning, register
 from django.db import DatabaseError, connections, router
 from django.utils.version import get_version_tuple
 
@@ -260,6 +260,19 @@ def check_strangers(**kwargs: Any) -> list[CheckMessage]:
             )
         )
     return messages
+
+
+@register(deploy=True)
+def check_alerts(**kwargs: Any) -> list[CheckMessage]:
+    if _settings_are_wrong() or not settings.ALERTS or django_settings.ADMINS:
+        return []
+    return [
+        Info(
+            "ADMINS is empty: nobody is mailed when the chat's budget runs out, or its provider refuses the key.",
+            hint="Name operators in ADMINS, or set CHATNEST['ALERTS'] to False.",
+            id="chatnest.I001",
+        )
+    ]
 
 
 def _sessions_take_a_connection_each() -> bool:

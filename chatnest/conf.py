@@ -48,6 +48,7 @@ class Settings:
     UPSTREAM_MAX_RETRIES: int = 2
     CLIENT_SYSTEM_MESSAGES: bool = False
     SHOW_REASONING: bool = False
+    ALERTS: bool = True
     MAX_TOKENS_PARAMETER: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
     def __repr__(self) -> str:
@@ -175,6 +176,7 @@ _RULES: Final[Mapping[str, Rule]] = {
     "UPSTREAM_MAX_RETRIES": _COUNT,
     "CLIENT_SYSTEM_MESSAGES": _FLAG,
     "SHOW_REASONING": _FLAG,
+    "ALERTS": _FLAG,
     "MAX_TOKENS_PARAMETER": _CHOICE_OF_PARAMETER,
 }
 _OURS: Final = frozenset(

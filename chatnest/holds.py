@@ -25,6 +25,7 @@ from asgiref.sync import async_to_sync
 
 from . import ledger
 from .accounts import paying
+from .alerts import tell_if_misconfigured
 from .conf import provider, settings
 from .errors import ChatError, Paused, RequestTooLarge
 from .ledger import Hold, Reserve, Settle
@@ -32,6 +33,8 @@ from .ledger.batcher import batcher
 from .ledger.charges import Billed, Received, settlement
 from .ledger.worker import give_back
 from .limits import profile_name
+from .logs import log_settled
+from .metrics import Operation, refused
 from .models import LABEL_LENGTH, Reservation
 from .policy import Terms
 from .provider import failures
@@ -142,6 +145,7 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         try:
             self.hold = await self._held()
         except ChatError as refusal:
+            refused(refusal.code)
             refusals.note(self._accounts[0], refusal)
             raise
         self._began = time.monotonic()
@@ -151,7 +155,8 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
 
     def _give_back(self) -> None:
         batcher.unwatch(self)
-        batcher.settle(give_back(self.hold))
+        batcher.settle(settle := give_back(self.hold))
+        self._operation.end(settle)
 
     async def _held(self) -> Hold:
         terms = (await batcher.policy(self._accounts)).terms(self._accounts, self._profile)
@@ -162,11 +167,16 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         if await aestimate(self._messages) + limits.max_output_tokens > limits.max_tokens_per_request:
             raise RequestTooLarge()
         bound = await abound(self._messages, terms.model, provider(terms.provider))
-        return await batcher.reserve(reservation(terms, bound, self._label))
+        hold = await batcher.reserve(reservation(terms, bound, self._label))
+        self._operation = Operation(hold)
+        return hold
 
     async def _settle(self, error: BaseException | None) -> None:
         batcher.unwatch(self)
-        await batcher.settled(self._settlement(error))
+        settle = self._settlement(error)
+        log_settled(settle, time.monotonic() - self._began)
+        self._operation.end(settle, error=type(error).__name__ if error else "")
+        await batcher.settled(settle)
 
     def _settlement(self, error: BaseException | None) -> Settle:
         received = self._received(error)
@@ -189,6 +199,7 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         if isinstance(error, openai.APIStatusError):
             refusal, seconds = error.response, time.monotonic() - self._began
             failure = failures.refused(refusal.status_code, refusal.headers, refusal.content, seconds=seconds)
+            tell_if_misconfigured(self.hold, failure.error)
             # The package counts its own retries: what was refused last may have been billed before.
             retried = refusal.request.headers.get("x-stainless-retry-count", "0") != "0"
             return Received(billed=Billed.ANSWER) if failure.error.billed or retried else NOTHING

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from typing import Final
@@ -18,6 +19,7 @@ from .conf import moment, now, settings, stored, today
 from .errors import ChatError, DailyBudgetExceeded, RateLimited
 from .ledger.batcher import batcher
 from .ledger.bulk import insert, run, table
+from .logs import log_refused
 from .models import Refusal
 from .policy import Terms
 from .signals import tell_refused
@@ -27,6 +29,7 @@ MOST_NAMES: Final = 1000  # counted by name, of a process and a day
 BUDGET_SECONDS: Final = 1.0
 WRITE_SECONDS: Final = 1.0
 AWAY_SECONDS: Final = 10.0  # after a write that failed
+LOG_SECONDS: Final = 60.0  # between two lines about the same name and code
 DETAIL_LENGTH: Final = 200
 
 Key = tuple[datetime, str, str]  # the hour, the account, the code
@@ -80,6 +83,7 @@ class Refusals:
         self._remembered: dict[tuple[str, str], Remembered] = {}  # by payer and profile, the oldest first
         self._tallies: dict[Key, Tally] = {}
         self._named: set[tuple[str, str]] = set()
+        self._quiet: dict[tuple[str, str], float] = {}  # until when a name and code need not be logged again
         self._day: date | None = None
         self._lock = threading.Lock()  # the chat's loops and the site's threads count, the ledger's writes
         self._is_due = False  # somebody will write
@@ -109,7 +113,10 @@ class Refusals:
     # Counted.
 
     def note(self, payer: str, refusal: ChatError) -> None:
-        """Count it, from any thread, and tell who listens. Within a second or two operators see it."""
+        """Count it, from any thread, and tell who listens. Within a second or two operators see it.
+
+        The log has the first of a name and code in each minute: an attack is to be seen in it, and not to fill it.
+        """
         tell_refused(payer, refusal)
         with self._lock:
             key = self._key(payer, refusal.code)
@@ -117,6 +124,9 @@ class Refusals:
             tally.count += 1
             tally.last_at, tally.last_detail = now(), refusal.detail[:DETAIL_LENGTH]
             is_due, self._is_due = self._is_due, True
+            is_news = self._is_news(key[1:])
+        if is_news:
+            log_refused(payer, refusal)
         if not is_due:
             batcher.later(WRITE_SECONDS, self._write)
 
@@ -124,13 +134,20 @@ class Refusals:
         """Under the payer's name; of so many that a day has, under what they share."""
         hour = moment().replace(minute=0, second=0, microsecond=0)
         if (day := today(hour)) != self._day:
-            self._day, self._named = day, set()
+            self._day, self._named, self._quiet = day, set(), {}
         name = (payer, code)
         if name not in self._named:
             if len(self._named) >= MOST_NAMES:
                 return hour, ANONYMOUS if is_stranger(payer) else SITE, code
             self._named.add(name)
         return hour, payer, code
+
+    def _is_news(self, name: tuple[str, str]) -> bool:
+        now = time.monotonic()
+        if now < self._quiet.get(name, 0.0):
+            return False
+        self._quiet[name] = now + LOG_SECONDS
+        return True
 
     def _write(self) -> None:
         """In the ledger's thread."""

@@ -1,4 +1,4 @@
-"""What a site's code can hear: ``settled``, ``refused`` and ``budget_crossed``, as Django's signals.
+"""What a site's code can hear, as Django's signals: ``settled``, ``refused``, ``budget_crossed``, ``provider_refused``.
 
     @receiver(settled)
     def keep(payer, messages, text, outcome, **kwargs): ...
@@ -28,7 +28,7 @@ from django.dispatch import Signal
 
 from .conf import settings
 from .errors import ChatError
-from .models import DailyUsage, Refusal, Reservation
+from .models import Calibration, DailyUsage, Refusal, Reservation
 from .wires import Message
 
 logger = logging.getLogger("chatnest.signals")
@@ -55,6 +55,11 @@ refused: Final = Signal()
 # A budget's day has crossed 50, 80 or 100 % of its limit, told once each a day and account; of several at once, the
 # highest. 100: all is used, or a request was refused for what is used. Arguments: account, day, percent, used, limit.
 budget_crossed: Final = Signal()
+
+# A provider refuses the site: its key, its credit, a model's name, a parameter, which only an operator can mend. Told
+# at once, and once an hour for as long as it goes on, for each provider and model, by one of all processes. Arguments:
+# provider (its name in the settings), model, code (of chatnest.errors), detail (fixed words, such as "wrong key").
+provider_refused: Final = Signal()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +143,12 @@ def tell_crossed(account: str, day: date, *, percent: int, used: int, limit: int
         announcer.put(partial(_send, budget_crossed, DailyUsage, **facts))
 
 
+def tell_provider_refused(provider: str, model: str, *, code: str, detail: str) -> None:
+    if provider_refused.has_listeners():
+        facts = {"provider": provider, "model": model, "code": code, "detail": detail}
+        announcer.put(partial(_send, provider_refused, Calibration, **facts))
+
+
 def _send(signal: Signal, sender: type, **facts: Any) -> bool:
     """Django logs what a receiver raises."""
     answers = signal.send_robust(sender, **facts)
@@ -180,5 +191,6 @@ def _read(id: UUID) -> Reservation | None:
     try:
         return rows.first()
     except Error as error:
-        logger.error("Nobody is told that reservation %s is settled, for it cannot be read: %s", id, error)
+        about = {"reservation": str(id)}
+        logger.error("Nobody is told that reservation %s is settled, for it cannot be read: %s", id, error, extra=about)
         return None

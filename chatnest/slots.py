@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from .conf import settings
 from .errors import Overloaded
+from .metrics import observe_streams
 
 
 class StreamSlot:
@@ -43,3 +44,6 @@ class StreamSlot:
         """Again changes nothing."""
         self._taken.discard(self)
         self._strangers.discard(self)
+
+
+observe_streams(lambda: len(StreamSlot._taken), lambda: settings.MAX_STREAMS_PER_PROCESS)

@@ -25,6 +25,7 @@ from weakref import WeakSet
 
 from django.utils.translation import get_language, override
 
+from .alerts import tell_if_misconfigured
 from .attempts import Attempts
 from .conf import settings
 from .deadlines import GRACE_SECONDS, Deadlines, Enough
@@ -32,6 +33,8 @@ from .errors import ChatError, InternalError, Paused, Restarting
 from .frames import STUCK, Frames
 from .ledger import Hold, Reserve, Settle
 from .ledger.batcher import batcher
+from .logs import fields, log_settled
+from .metrics import Operation
 from .models import Reservation
 from .provider.chunks import Kind, Piece
 from .signals import Exchange, settled
@@ -86,6 +89,7 @@ class Chat:
         self._dropped = dropped
         self._metadata = metadata
         self._slot = slot
+        self._operation = Operation(hold)
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(self._loop)
         self._deadlines = Deadlines(self._loop, self._frames)
@@ -154,7 +158,7 @@ class Chat:
         if self._pump:
             self._pump.cancel()
         elif isinstance(why, ChatError):  # nobody has asked for it yet
-            batcher.settle(self._conclude(self._outcome(why)))
+            batcher.settle(self._conclude(self._outcome(why), why.code))
             self._frames.write(chatnest.START)
             self._write_error(why)
             self._frames.end()
@@ -166,7 +170,8 @@ class Chat:
         batcher.watch(self)
         self._reading = asyncio.current_task()
         self._frames.write(chatnest.START)
-        self._pump = self._loop.create_task(self._run())
+        with self._operation.current():
+            self._pump = self._loop.create_task(self._run())
         self._pump.add_done_callback(self._pump_has_ended)
         self._deadlines.begin(self.interrupt)
 
@@ -179,7 +184,7 @@ class Chat:
         except ChatError as problem:
             await self._fail(problem)
         except Exception:
-            logger.exception("A stream broke")
+            logger.exception("A stream broke", extra=fields(self.hold))
             await self._fail(InternalError())
         finally:
             self._frames.end()
@@ -264,7 +269,8 @@ class Chat:
         if problem is None or self._frames.left:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
-            await batcher.settled(self._conclude(self._outcome(problem)))
+            tell_if_misconfigured(self.hold, problem)
+            await batcher.settled(self._conclude(self._outcome(problem), problem.code))
             self._write_error(problem)
 
     def _write_error(self, problem: ChatError) -> None:
@@ -278,8 +284,8 @@ class Chat:
             return Outcome.CANCELLED
         return Outcome.STOPPED if isinstance(problem, Paused) else Outcome.TIMED_OUT
 
-    def _conclude(self, outcome: Reservation.Outcome) -> Settle:
-        """The settlement, and all that the chat has is given back."""
+    def _conclude(self, outcome: Reservation.Outcome, error: str = "") -> Settle:
+        """The settlement, and all that the chat has is given back. ``error``: the code that the reader is told."""
         self._settled = True
         if self._pump is None:
             self._unread.cancel()
@@ -288,16 +294,28 @@ class Chat:
         self._slot.release()
         batcher.unwatch(self)
         settle = self._attempts.settlement(outcome)
+        log_settled(settle, self._duration, error)
+        reason, first = self._attempts.finish_reason, self._time_to_first_token
+        self._operation.end(settle, error=error, finish_reason=reason, first_token=first)
         return settle if self._text is None else replace(settle, exchange=self._exchange(self._text))
 
+    @property
+    def _time_to_first_token(self) -> float | None:
+        """In seconds, with retries."""
+        return None if self._first_token_at is None else self._first_token_at - self._deadlines.began
+
+    @property
+    def _duration(self) -> float:
+        """In seconds, so far."""
+        return self._loop.time() - self._deadlines.began if self._deadlines.began else 0.0
+
     def _exchange(self, text: list[str]) -> Exchange:
-        began, first = self._deadlines.began, self._first_token_at
         return Exchange(
             messages=self._messages,
             text="".join(text),
             finish_reason=self._attempts.finish_reason,
-            time_to_first_token=None if first is None else first - began,
-            duration=self._loop.time() - began if began else 0.0,
+            time_to_first_token=self._time_to_first_token,
+            duration=self._duration,
             metadata=self._metadata,
         )
 

@@ -12,14 +12,14 @@ from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import ImproperlyConfigured, RequestDataTooBig
 from django.core.handlers.asgi import ASGIRequest
 from django.db import InterfaceError, OperationalError, connections, transaction
-from django.http import HttpRequest, JsonResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.utils.functional import lazy
 from django.utils.text import format_lazy, get_text_list
 from django.utils.translation import gettext_lazy as _
 from django.views.decorators.csrf import csrf_exempt
 
-from . import ledger
+from . import ledger, metrics
 from .accounts import charged, is_stranger
 from .asgi.lifespan import hear_sigterm
 from .asgi.threads import let_request_thread_go
@@ -90,16 +90,16 @@ def endpoint(*methods: str) -> Callable[[View], View]:
                     )
                 return await view(request)
             except ChatError as problem:
-                response = chatnest.refusal(problem)
+                response = _refused(problem)
                 if isinstance(problem, MethodNotAllowed):
                     response["Allow"] = ", ".join(methods)
                 return response
             except (OperationalError, InterfaceError) as error:
                 logger.warning("The database does not say who is asking: %s", error)
-                return chatnest.refusal(LedgerUnavailable(retry_after=5))
+                return _refused(LedgerUnavailable(retry_after=5))
             except Exception:
                 logger.exception("A chat request failed")
-                return chatnest.refusal(InternalError())
+                return _refused(InternalError())
 
         for alias in connections:  # Django's ATOMIC_REQUESTS would refuse an async view
             transaction.non_atomic_requests(using=alias)(answer)
@@ -107,6 +107,11 @@ def endpoint(*methods: str) -> Callable[[View], View]:
         return csrf_exempt(login_not_required(answer))
 
     return decorate
+
+
+def _refused(problem: ChatError) -> HttpResponse:
+    metrics.refused(problem.code)
+    return chatnest.refusal(problem)
 
 
 @endpoint("POST")

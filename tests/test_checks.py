@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from io import StringIO
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from django.core.management.base import SystemCheckError
 from django.db import connections, router
 from django.db.backends.postgresql import psycopg_any
 from django.db.models import Model
+from django.test import override_settings
 
 from chatnest import checks, tokens
 from chatnest.conf import NAMES, Settings
@@ -71,7 +73,7 @@ def test_a_key_that_is_no_setting_is_named(configure: Configure, settings: Any, 
 COUNTS = ["SITE_DAILY_TOKEN_LIMIT", "TRUSTED_PROXIES", "UPSTREAM_MAX_RETRIES"]
 POSITIVE_COUNTS = ["MAX_STREAMS_PER_PROCESS", "MAX_BODY_BYTES", "MIN_OUTPUT_TOKENS"]
 SECONDS = ["HEARTBEAT_SECONDS", "MAX_STREAM_SECONDS", "FIRST_TOKEN_SECONDS", "GAP_SECONDS", "LEASE_SECONDS"]
-FLAGS = ["ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES", "SHOW_REASONING"]
+FLAGS = ["ALERTS", "ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES", "SHOW_REASONING"]
 TEXTS = ["OPENAI_API_KEY", "DATABASE_ALIAS"]
 NO_TEXT = [None, 5, b"bytes", ["a"]]
 NO_ADDRESS = [*NO_TEXT, "", "api.openai.com/v1", "ftp://example.com", "https://", "http://a:b", "http://[::1"]
@@ -339,8 +341,9 @@ class SessionsInPostgres:
         return "postgres" if model.__name__ == "Session" else None
 
 
-def before_deploying() -> list[str | None]:
-    messages = run_checks(include_deployment_checks=True)
+def before_deploying(operators: Sequence[tuple[str, str]] = (("Grace", "grace@example.com"),)) -> list[str | None]:
+    with override_settings(ADMINS=list(operators)):
+        messages = run_checks(include_deployment_checks=True)
     return [message.id for message in messages if (message.id or "").startswith("chatnest.")]
 
 
@@ -367,6 +370,13 @@ def test_a_server_that_believes_every_client_is_told(
     configure(TRUSTED_PROXIES=proxies, ALLOW_ANONYMOUS=anonymous)
     assert before_deploying() == told
     assert ids() == []
+
+
+def test_a_site_that_would_alert_nobody_is_told(configure: Configure) -> None:
+    assert before_deploying(operators=[]) == ["chatnest.I001"]
+    assert ids() == []
+    configure(ALERTS=False)
+    assert before_deploying(operators=[]) == []
 
 
 @pytest.mark.parametrize(

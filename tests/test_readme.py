@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import queue
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from django.contrib.auth.models import User
@@ -20,11 +25,13 @@ from openai import OpenAI
 from chatnest.checks import check_settings
 from chatnest.conf import provider
 from chatnest.models import Change
+from chatnest.signals import announcer, budget_crossed, provider_refused, tell_provider_refused
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import Serving, free_port, serving
+from .bookkeeping import ask, do, used
 from .client import Client
-from .conftest import Settled
+from .conftest import Settled, eventually
 from .test_demo import OURS, log_in
 from .test_holds import answer
 
@@ -51,6 +58,8 @@ HOLD = block("import chatnest")
 CHANGES = block("from chatnest.changes")
 ROUTER = block('CHATNEST["DATABASE_ALIAS"]')
 PROVIDERS = block('CHATNEST = {\n    "PROVIDERS"')
+WEBHOOK = block("import json")
+PROMETHEUS = block("from opentelemetry")
 TEST_CASE = block("from django.test")
 FIXTURE = block("def test_chat(chat_upstream")
 TESTING = block("from chatnest.testing")
@@ -71,6 +80,8 @@ def test_no_block_is_left_out() -> None:
         CHANGES,
         ROUTER,
         PROVIDERS,
+        WEBHOOK,
+        PROMETHEUS,
         TEST_CASE,
         FIXTURE,
         TESTING,
@@ -201,6 +212,75 @@ def test_several_providers_are_right(settings: Any) -> None:
     settings.CHATNEST = names["CHATNEST"]
     assert check_settings() == []
     assert provider("default").max_tokens_parameter == "max_completion_tokens"
+
+
+def test_prometheus_scrapes_all_that_the_rules_and_the_table_name(site: Site, upstream: FakeUpstream) -> None:
+    port = free_port()
+    site.add("asgi", "import os", PROMETHEUS)
+    site.add("settings", 'CHATNEST["LEASE_SECONDS"] = 1')
+    upstream.replies(Reply("Hello", gate_after=1), Reply.refuse(401))
+    site.environment["METRICS_PORT"] = str(port)
+    with site.served() as running:
+        client = Client(running.port)
+        client.chat()
+        cookie = log_in(client, "grace", "x", form="/admin/login/")
+        headers = {"cookie": cookie, "origin": "http://localhost", "Host": "localhost"}
+
+        def scraped() -> str:
+            with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+                return str(response.read().decode())
+
+        with client.stream(**headers) as stream:
+            stream.until("token")
+            eventually(lambda: "chatnest_lease_renewals_total" in scraped())
+            assert "chatnest_streams_open{" in scraped() and "} 1.0" in scraped()
+            upstream.release()
+            stream.rest()
+        client.chat(**headers)
+        names = set(re.findall(r"^# TYPE (\w+)", scraped(), re.MULTILINE))
+        (rules,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+        named = set(re.findall(r"\b(?:gen_ai|chatnest)_\w+", rules))
+        table = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \| `(?:gen_ai|chatnest)\.", README, re.MULTILINE)
+        assert len(table) == 6
+        assert {name.removesuffix("_count") for name in named} <= names
+        assert {name for row in table for name in row if name} <= names
+        assert len(named) == 4
+        assert 'error_type="upstream_misconfigured"' in scraped()
+        assert 'chatnest_refusals_total{code="not_authenticated"' in scraped()
+
+
+def test_a_webhook_is_posted_to(settings: Any, database: str) -> None:
+    posted: queue.Queue[tuple[str, bytes]] = queue.Queue()
+
+    class Room(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            posted.put((self.headers["Content-Type"], body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    names: dict[str, Any] = {}
+    exec(WEBHOOK, names)
+    with HTTPServer(("127.0.0.1", 0), Room) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings.WEBHOOK = f"http://127.0.0.1:{server.server_port}/"
+        try:
+            do(used(do(ask(budgets={"site": 1_000})), 800))
+            kind, body = posted.get(timeout=10)
+            assert kind == "application/json"
+            assert json.loads(body) == {"text": "site has used 80 % of today's tokens: 800 of 1,000."}
+            tell_provider_refused("default", "gpt-4o-mini", code="upstream_misconfigured", detail="wrong key")
+            assert json.loads(posted.get(timeout=10)[1]) == {
+                "text": "The provider default refuses gpt-4o-mini: wrong key."
+            }
+        finally:
+            budget_crossed.disconnect(names["post_budget"])
+            provider_refused.disconnect(names["post_refusal"])
+            announcer.close()
+            server.shutdown()
 
 
 def test_a_task_pays(database: str, settled: Settled) -> None:

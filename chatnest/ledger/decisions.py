@@ -22,6 +22,7 @@ from typing import Any
 from ..conf import settings
 from ..errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from ..limits import rate_wait
+from ..logs import fields
 from ..models import Adjustment, DailyUsage, Reservation
 from ..signals import Exchange, tell_crossed, tell_settled
 from .book import Book
@@ -240,6 +241,7 @@ def _warn_of_excess(ask: Settle) -> None:
     logger.warning(
         "The model %r of provider %r reported %d tokens, more than the %d held for it (reservation %s)",
         ask.hold.model, ask.hold.provider, ask.total_tokens, ask.hold.tokens, ask.hold.id,
+        extra=fields(ask.hold, outcome=str(ask.outcome)),
     )  # fmt: skip
 
 

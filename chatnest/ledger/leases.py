@@ -37,7 +37,10 @@ def _expire_what_can_be(ids: Sequence[UUID]) -> None:
         expire(ids)
     except IntegrityError:  # a counter that somebody broke stops only its own leases
         if len(ids) == 1:
-            logger.exception("The lease of %s cannot be charged: run manage.py chatnest_verify --repair", ids[0])
+            logger.exception(
+                "The lease of %s cannot be charged: run manage.py chatnest_verify --repair", ids[0],
+                extra={"reservation": str(ids[0])},
+            )  # fmt: skip
         else:
             for id in ids:
                 _expire_what_can_be([id])

@@ -101,6 +101,7 @@ class Reserve:
         return Hold(
             id=self.id,
             budgets=self.budgets,
+            profile=self.profile,
             provider=self.provider,
             model=self.model,
             prompt_tokens=self.prompt_tokens,
@@ -116,6 +117,7 @@ class Hold:
 
     id: UUID
     budgets: Sequence[Budget]
+    profile: str = ""
     provider: str = DEFAULT_PROVIDER
     model: str
     prompt_tokens: int

@@ -21,6 +21,8 @@ from django.db import connections
 
 from ..conf import settings
 from ..errors import InternalError, LedgerUnavailable
+from ..logs import fields
+from ..metrics import renewed
 from ..models import Reservation
 from . import decisions, leases
 from .jobs import Answers, Job, LaterJob, OperationJob, QueryJob, Release, send
@@ -155,7 +157,9 @@ class Worker:
                 send(self._refuse_or_keep(jobs, error), self._release)
             elif is_bug(error) or len(jobs) == 1:
                 others = f" and {len(jobs) - 1} others" if len(jobs) > 1 else ""
-                logger.critical("The ledger cannot take %r%s", jobs[0].operation, others, exc_info=error)
+                first = jobs[0].operation
+                about = fields(first.hold if isinstance(first, Settle) else first)
+                logger.critical("The ledger cannot take %r%s", first, others, exc_info=error, extra=about)
                 send([(job, InternalError()) for job in jobs], self._release)
             else:  # one of them is poison, and fails alone
                 for job in jobs:
@@ -220,10 +224,12 @@ class Worker:
         try:
             stopped, paused = self._on_a_live_connection(lambda: leases.renew(ids, accounts))
         except Exception as error:
+            renewed(len(ids), error)
             self._note(error, "Leases cannot be renewed")
             if is_outage(error):
                 self._renewed_at = time.monotonic() + RETRY_SECONDS - settings.LEASE_SECONDS / 3
             return
+        renewed(len(ids))
         self._wrote = True
         self._outage.ends(writing=True)
         for stream in streams:

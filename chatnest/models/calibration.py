@@ -7,7 +7,7 @@ from django.utils.translation import gettext_lazy as _
 
 
 class Calibration(models.Model):
-    """What the reports of one model have taught about it. To forget it, delete the row."""
+    """What the reports and refusals of one model have taught about it. To forget it, delete the row."""
 
     provider = models.CharField(_("provider"), max_length=100)
     model = models.CharField(_("model"), max_length=100)
@@ -31,6 +31,12 @@ class Calibration(models.Model):
     )
     ignores_max_tokens = models.BooleanField(
         _("ignores max tokens"), default=False, help_text=_("An answer was longer than it was allowed to be.")
+    )
+    refused_at = models.DateTimeField(
+        _("refused at"),
+        null=True,
+        blank=True,
+        help_text=_("When operators were last told that its provider refuses the site's key, or the model."),
     )
     updated_at = models.DateTimeField(_("updated at"))
 

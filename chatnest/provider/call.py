@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -60,9 +60,17 @@ class Call:
     """
 
     def __init__(
-        self, provider: Provider, model: str, messages: Sequence[Message], *, max_tokens: int, temperature: float | None
+        self,
+        provider: Provider,
+        model: str,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float | None,
+        log_fields: Mapping[str, object] | None = None,
     ) -> None:
         self._provider = provider
+        self._log_fields = log_fields
         self._model = model
         self._request = _request(provider, model, messages, max_tokens, temperature)
         self._body = Body(b"")
@@ -143,7 +151,7 @@ class Call:
                 pieces = answer.end()
             except Exception as error:  # of whatever transport the site's client has
                 if not answer.may_end:
-                    logger.warning("The provider broke off: %s", _words(error))
+                    logger.warning("The provider broke off: %s", _words(error), extra=self._log_fields)
                 pieces = answer.end(cut=True)
             if pieces or not (answer.done or answer.error):
                 return pieces
@@ -193,8 +201,9 @@ class Call:
             _told[key] = now + REPEAT_SECONDS
             level = logging.ERROR
         logger.log(
-            level, "The provider %s, model %s: %s: %s", self._provider.name, self._model, failure.cause, failure.words
-        )
+            level, "The provider %s, model %s: %s: %s", self._provider.name, self._model, failure.cause, failure.words,
+            extra=self._log_fields,
+        )  # fmt: skip
         return failure.error
 
 

@@ -50,6 +50,9 @@ class Failure:
     wait: float | None = None
     stream_options_refused: bool = False
 
+    def __post_init__(self) -> None:
+        self.error.detail = self.cause  # for operators
+
 
 class _Meaning(NamedTuple):
     cause: str
