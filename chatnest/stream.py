@@ -154,7 +154,7 @@ class Chat:
         if self._pump:
             self._pump.cancel()
         elif isinstance(why, ChatError):  # nobody has asked for it yet
-            batcher.settle(self._conclude(self._outcome(why)))
+            batcher.settle(self._conclude(self._outcome(why), why.code))
             self._frames.write(chatnest.START)
             self._write_error(why)
             self._frames.end()
@@ -264,7 +264,7 @@ class Chat:
         if problem is None or self._frames.left:
             batcher.settle(self._conclude(Outcome.CANCELLED))
         else:
-            await batcher.settled(self._conclude(self._outcome(problem)))
+            await batcher.settled(self._conclude(self._outcome(problem), problem.code))
             self._write_error(problem)
 
     def _write_error(self, problem: ChatError) -> None:
@@ -278,8 +278,8 @@ class Chat:
             return Outcome.CANCELLED
         return Outcome.STOPPED if isinstance(problem, Paused) else Outcome.TIMED_OUT
 
-    def _conclude(self, outcome: Reservation.Outcome) -> Settle:
-        """The settlement, and all that the chat has is given back."""
+    def _conclude(self, outcome: Reservation.Outcome, error: str = "") -> Settle:
+        """The settlement, and all that the chat has is given back. ``error``: the code of what ended it."""
         self._settled = True
         if self._pump is None:
             self._unread.cancel()
@@ -287,16 +287,27 @@ class Chat:
         self._deadlines.end()
         self._slot.release()
         batcher.unwatch(self)
-        settle = self._attempts.settlement(outcome)
-        return settle if self._text is None else replace(settle, exchange=self._exchange(self._text))
+        exchange = None if self._text is None else self._exchange(self._text)
+        first = self._time_to_first_token
+        return replace(
+            self._attempts.settlement(outcome),
+            error=error,
+            first_token_ms=None if first is None else round(1000 * first),
+            exchange=exchange,
+        )
+
+    @property
+    def _time_to_first_token(self) -> float | None:
+        """In seconds, from the stream's beginning."""
+        return None if self._first_token_at is None else self._first_token_at - self._deadlines.began
 
     def _exchange(self, text: list[str]) -> Exchange:
-        began, first = self._deadlines.began, self._first_token_at
+        began = self._deadlines.began
         return Exchange(
             messages=self._messages,
             text="".join(text),
             finish_reason=self._attempts.finish_reason,
-            time_to_first_token=None if first is None else first - began,
+            time_to_first_token=self._time_to_first_token,
             duration=self._loop.time() - began if began else 0.0,
             metadata=self._metadata,
         )
