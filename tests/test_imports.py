@@ -115,7 +115,16 @@ def test_the_app_imports_only_what_it_declares() -> None:
     }
     roots = {name.partition(".")[0] for path in files() for name in imported(path)} - set(sys.stdlib_module_names)
     # asgiref is Django's own; pytest is the site's, whose tests ask for the fixtures; genai_prices an extra.
-    assert roots - {"pytest", "genai_prices"} == {"chatnest", "django", "asgiref", "openai", "httpx2", "aiohttp", "msgspec", "toktok"}
+    assert roots - {"pytest", "genai_prices"} == {
+        "chatnest",
+        "django",
+        "asgiref",
+        "openai",
+        "httpx2",
+        "aiohttp",
+        "msgspec",
+        "toktok",
+    }
 
 
 def test_the_map_in_the_packages_docstring_names_every_room() -> None:

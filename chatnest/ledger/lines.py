@@ -39,7 +39,7 @@ class Item(NamedTuple):
     unpriced: int = 0
 
 
-def _item(row: ReservationRow, tokens: int) -> Item:
+def _item(row: ReservationRow | Reservation, tokens: int) -> Item:
     """Of a row as it is settled by now, and billed so many tokens."""
     return Item(
         requests=1,
@@ -69,11 +69,13 @@ class Bills:
 
     def add(self, row: ReservationRow, tokens: int, times: int = 1) -> None:
         """Put a charged reservation, as it is now, on its accounts' bills; or, -1 times, take it off."""
-        its = _item(row, tokens)
         for account in row.accounts:
-            key = LineKey(account, row.day, row.profile, row.provider, row.model, row.label)
-            before = self._lines.get(key, _NOTHING)
-            self._lines[key] = Item(*(one + times * other for one, other in zip(before, its, strict=True)))
+            self.add_to(account, row, tokens, times)
+
+    def add_to(self, account: str, row: ReservationRow | Reservation, tokens: int, times: int = 1) -> None:
+        key = LineKey(account, row.day, row.profile, row.provider, row.model, row.label)
+        before, its = self._lines.get(key, _NOTHING), _item(row, tokens)
+        self._lines[key] = Item(*(one + times * other for one, other in zip(before, its, strict=True)))
 
     def rows(self) -> list[dict[str, Any]]:
         return [{**key._asdict(), **added._asdict()} for key, added in sorted(self._lines.items())]
