@@ -56,7 +56,7 @@ STEPS: Final = 50
 BERLIN: Final = ZoneInfo("Europe/Berlin")
 LEASE: Final = 30
 SITE_LIMIT: Final = 1500
-SITE_MONEY: Final = {"SITE_DAILY_MONEY_LIMIT": "60", "SITE_MONTHLY_MONEY_LIMIT": "100.000001"}
+SITE_MONEY: Final = {"SITE_DAILY_MONEY_LIMIT": "60", "SITE_MONTHLY_MONEY_LIMIT": "75.000001"}
 LIMITS: Final = {
     "max_output_tokens": 120,
     "max_messages": 6,
@@ -65,6 +65,8 @@ LIMITS: Final = {
     "rate_max_requests": 9,
     "rate_window_seconds": 60,
     "max_concurrent_streams": 5,
+    "daily_money_limit": "25",
+    "monthly_money_limit": "32.50",
 }
 PAYERS: Final = (("user:1", "site"), ("user:2", "site"), ("user:2", "team:1", "site"))
 FIELDS: Final = {  # the model's names for the rows'
@@ -428,7 +430,7 @@ edit = st.one_of(
     happens("pause", accounts, st.sampled_from([False, False, True])),
     happens("limit account", accounts, st.sampled_from([None, 5000, 500, 250, 0])),
     happens("limit money", accounts, st.sampled_from(MONEY), st.sampled_from([None, None, "25", "8", "0.02"])),
-    happens("limit profile", st.sampled_from(MONEY), st.sampled_from([None, None, "30", "9"])),
+    happens("limit profile", st.sampled_from(MONEY), st.sampled_from(["25", "9", "40", None])),
     happens("limit profile", st.just("rate_max_requests"), st.sampled_from([9, 5, 1, 0])),
     happens("clear", st.sampled_from(PROVIDERS)),
     happens("limit profile", st.just("max_concurrent_streams"), st.sampled_from([5, 3, 1, 0])),
