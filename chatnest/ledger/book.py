@@ -225,7 +225,7 @@ class Book:
         self._posted.add((day, account))
         for counter, change in changes.items():
             setattr(usage, counter, getattr(usage, counter) + change)
-        if (month := (month_of(day), account)) in self._months:
+        if self._months and (month := (month_of(day), account)) in self._months:
             self._months[month] += changes.get("cost_used", 0) + changes.get("cost_reserved", 0)
 
     def hold_month(self, day: date, account: str) -> None:

@@ -289,8 +289,14 @@ def resolve(
     book.close_stream(row)
     book.change(row)
     for account in row.accounts:
-        book.post(row.day, account, tokens_reserved=-row.tokens, tokens_used=charge)
-        book.post(row.day, account, cost_reserved=-(row.cost_reserved or 0), cost_used=cost or 0)
+        book.post(
+            row.day,
+            account,
+            tokens_reserved=-row.tokens,
+            tokens_used=charge,
+            cost_reserved=-(row.cost_reserved or 0),
+            cost_used=cost or 0,
+        )
     book.bills.add(row, charge)
     book.after_commit(partial(tell_settled, row.id, exchange))
 

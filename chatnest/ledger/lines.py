@@ -5,8 +5,10 @@ They are written in the settlement's transaction, and the lock of the account's 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import date
-from typing import Any, Final, NamedTuple
+from operator import add
+from typing import Any, Final
 
 from ..models import Reservation, UsageLine
 from .bulk import names, table
@@ -15,67 +17,53 @@ from .rows import ReservationRow
 UsageSource = Reservation.UsageSource
 
 
-class LineKey(NamedTuple):
-    account: str
-    day: date
-    profile: str
-    provider: str
-    model: str
-    label: str
-
-
-class Item(NamedTuple):
-    """What a charged reservation adds to a line of each of its accounts."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    tokens_reported: int = 0
-    tokens_counted: int = 0
-    tokens_held: int = 0
-    cost: int = 0
-    unpriced: int = 0
-
-
-def _item(row: ReservationRow | Reservation, tokens: int) -> Item:
-    """Of a row as it is settled by now, and billed so many tokens."""
-    return Item(
-        requests=1,
-        prompt_tokens=row.prompt_tokens,
-        cached_tokens=row.cached_tokens,
-        completion_tokens=row.completion_tokens,
-        reasoning_tokens=row.reasoning_tokens,
-        cost=row.cost or 0,
-        unpriced=row.cost is None,
-        **{_COLUMNS.get(row.usage_source, "tokens_held"): tokens},
-    )
-
-
-_NOTHING: Final = Item()
-_COLUMNS: Final = {UsageSource.REPORTED.value: "tokens_reported", UsageSource.COUNTED.value: "tokens_counted"}
-
-ADD_TO_LINE: Final = f"ON CONFLICT ({names(LineKey._fields)}) DO UPDATE SET " + ", ".join(
-    f'"{name}" = {table(UsageLine)}."{name}" + excluded."{name}"' for name in Item._fields
+KEY: Final = ("account", "day", "profile", "provider", "model", "label")
+Key = tuple[str, date, str, str, str, str]
+ITEM: Final = (
+    *("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"),
+    *("tokens_reported", "tokens_counted", "tokens_held", "cost", "unpriced"),
 )
+REPORTED, COUNTED = UsageSource.REPORTED.value, UsageSource.COUNTED.value
+
+
+def _item(row: ReservationRow | Reservation, tokens: int, times: int) -> tuple[int, ...]:
+    """ITEM of a row as it is settled by now, and billed so many tokens, so many times."""
+    source = row.usage_source
+    its = (
+        *(1, row.prompt_tokens, row.cached_tokens, row.completion_tokens, row.reasoning_tokens),
+        tokens if source == REPORTED else 0,
+        tokens if source == COUNTED else 0,
+        0 if source in (REPORTED, COUNTED) else tokens,
+        *(row.cost or 0, int(row.cost is None)),
+    )
+    return its if times == 1 else tuple(times * one for one in its)
 
 
 class Bills:
     """What one transaction adds to the lines."""
 
     def __init__(self) -> None:
-        self._lines: dict[LineKey, Item] = {}
+        self._lines: dict[Key, tuple[int, ...]] = {}
 
-    def add(self, row: ReservationRow, tokens: int, times: int = 1) -> None:
+    def add(
+        self,
+        row: ReservationRow | Reservation,
+        tokens: int,
+        *,
+        times: int = 1,
+        accounts: Collection[str] | None = None,
+    ) -> None:
         """Put a charged reservation, as it is now, on its accounts' bills; or, -1 times, take it off."""
-        for account in row.accounts:
-            self.add_to(account, row, tokens, times)
-
-    def add_to(self, account: str, row: ReservationRow | Reservation, tokens: int, times: int = 1) -> None:
-        key = LineKey(account, row.day, row.profile, row.provider, row.model, row.label)
-        before, its = self._lines.get(key, _NOTHING), _item(row, tokens)
-        self._lines[key] = Item(*(one + times * other for one, other in zip(before, its, strict=True)))
+        its = _item(row, tokens, times)
+        for account in row.accounts if accounts is None else accounts:
+            key = (account, row.day, row.profile, row.provider, row.model, row.label)
+            before = self._lines.get(key)
+            self._lines[key] = its if before is None else tuple(map(add, before, its))
 
     def rows(self) -> list[dict[str, Any]]:
-        return [{**key._asdict(), **added._asdict()} for key, added in sorted(self._lines.items())]
+        return [dict(zip((*KEY, *ITEM), (*key, *its), strict=True)) for key, its in sorted(self._lines.items())]
+
+
+ADD_TO_LINE: Final = f"ON CONFLICT ({names(KEY)}) DO UPDATE SET " + ", ".join(
+    f'"{name}" = {table(UsageLine)}."{name}" + excluded."{name}"' for name in ITEM
+)

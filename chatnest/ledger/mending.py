@@ -9,7 +9,7 @@ from typing import Any, Final
 from ..conf import settings
 from ..models import Adjustment, Reservation, UsageLine
 from .bulk import insert, run
-from .lines import ADD_TO_LINE, Bills, Item, LineKey
+from .lines import ADD_TO_LINE, ITEM, KEY, Bills
 
 Kind = Adjustment.Kind
 
@@ -27,15 +27,17 @@ def rebuild_lines(day: date, accounts: Iterable[str]) -> None:
     rows = Reservation.objects.using(settings.DATABASE_ALIAS).filter(day=day).exclude(state=Reservation.State.OPEN)
     for row in rows.order_by().iterator():
         for account in names.intersection(row.accounts):
-            bills.add_to(account, row, row.tokens_charged + corrections.get((account, str(row.pk)), 0))
+            billed = row.tokens_charged + corrections.get((account, str(row.pk)), 0)
+            bills.add(row, billed, accounts=[account])
     UsageLine.objects.using(settings.DATABASE_ALIAS).filter(day=day, account__in=names).delete()
     _write(bills.rows())
 
 
 def correct_lines(day: date, account: str, corrections: Mapping[str, int]) -> None:
     """Put what no reservation explains in a line without a model."""
-    its = Item(**{_COLUMN.get(name, name): change for name, change in corrections.items()})
-    _write([{**LineKey(account, day, "", "", "", "")._asdict(), **its._asdict()}])
+    its = {_COLUMN.get(name, name): change for name, change in corrections.items()}
+    key = dict(zip(KEY, (account, day, "", "", "", ""), strict=True))
+    _write([{**key, **dict.fromkeys(ITEM, 0), **its}])
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
