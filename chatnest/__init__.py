@@ -5,6 +5,7 @@ The path of a request, in the order of the files to read:
     views         POST /api/chat: the body read, every failure answered in the wire's words
     accounts      who pays: user, address, all strangers, site
     wires         what the client asked for
+    prices        what its model costs: an operator's row, a setting, or the price list
     policy        the operators' profile and account rows, in force
     refusals      who was refused is so again without work, and counted
     limits        clamped by the code's HARD_CAPS, tightened by the request

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from .alerts import tell_if_misconfigured
@@ -116,7 +117,7 @@ class Attempts:
             self._count_for(fallback.held(self.hold.output_tokens, self.hold.remaining))
 
     async def _reserve_again(self, ask: Reserve, error: UpstreamError) -> None:
-        batcher.settle(settle := self.settlement(Outcome.UPSTREAM_ERROR))
+        batcher.settle(settle := replace(self.settlement(Outcome.UPSTREAM_ERROR), error=error.code))
         tokens_used(settle)
         batcher.unwatch(self._chat)
         self._ask, self.call = ask.again(), None

@@ -18,7 +18,9 @@ from . import hooks, tokens
 from .conf import DEFAULT_PROVIDER, NAMES, complaint, provider, provider_names, settings
 from .ledger.bulk import VENDORS
 from .limits import FIELDS, clamp, hard_caps, is_cap
-from .models import Profile
+from .models import Account, Profile
+from .policy import Policy
+from .prices import money_limits
 
 
 @register()
@@ -297,7 +299,12 @@ def check_profiles(databases: Sequence[str] | None = None, **kwargs: Any) -> lis
         profiles = list(Profile.objects.using(alias).filter(enabled=True).select_related("fallback"))
     except DatabaseError:
         return []  # not migrated yet, or away: other checks say so
-    return [*_check_providers(profiles), *_check_fallbacks(profiles), *_check_answers(profiles)]
+    return [
+        *_check_providers(profiles),
+        *_check_fallbacks(profiles),
+        *_check_answers(profiles),
+        *_check_prices(profiles),
+    ]
 
 
 def _check_providers(profiles: Sequence[Profile]) -> list[CheckMessage]:
@@ -323,6 +330,34 @@ def _check_fallbacks(profiles: Sequence[Profile]) -> list[CheckMessage]:
         for profile in profiles
         if profile.fallback and not profile.fallback.enabled
     ]
+
+
+def _check_prices(profiles: Sequence[Profile]) -> list[CheckMessage]:
+    """Where money is limited, whatever may be asked has a price, or is refused."""
+    known, accounts = Policy.read().prices, Account.objects.using(settings.DATABASE_ALIAS)
+    for_all = money_limits(settings.SITE_DAILY_MONEY_LIMIT, settings.SITE_MONTHLY_MONEY_LIMIT) or (
+        accounts.exclude(daily_money_limit=None, monthly_money_limit=None).exists()
+    )
+    return [
+        Error(
+            f"Profile {profile.name!r} asks {model!r} of {provider!r}, whose price is not known, and money is limited: "
+            "such a chat is refused.",
+            hint=f"Say in CHATNEST['PRICES'], as {{{model!r}: {{'input': '0.15', 'output': '0.60'}}}}, or in the admin "
+            "what a million tokens cost; or pip install 'chatnest[prices]'.",
+            obj=profile,
+            id="chatnest.E032",
+        )
+        for profile in profiles
+        if for_all or money_limits(profile.daily_money_limit, profile.monthly_money_limit)
+        for provider, model in _asked(profile)
+        if (provider, model) not in known
+    ]
+
+
+def _asked(profile: Profile) -> list[tuple[str, str]]:
+    """The providers and models that may answer it."""
+    fallback = profile.fallback
+    return [(one.provider, one.model) for one in (profile, fallback) if one and one.enabled]
 
 
 def _check_answers(profiles: Sequence[Profile]) -> list[CheckMessage]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, tzinfo
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
@@ -27,6 +28,10 @@ class Settings:
     HARD_CAPS: Mapping[str, float] = field(default_factory=dict)
     SITE_DAILY_TOKEN_LIMIT: int = 500_000
     ANONYMOUS_DAILY_TOKEN_LIMIT: int | None = None  # None: a fifth of the site's
+    SITE_DAILY_MONEY_LIMIT: Decimal | str | int | None = None  # this and the next: in the currency
+    SITE_MONTHLY_MONEY_LIMIT: Decimal | str | int | None = None
+    CURRENCY: str = "USD"
+    PRICES: Mapping[str, Mapping[str, Decimal | str | int]] = field(default_factory=dict)
     ALLOW_ANONYMOUS: bool = False
     PAYER: str | Callable[..., Any] | None = None
     PREPARE: str | Callable[..., Any] | None = None
@@ -95,14 +100,16 @@ class Provider:
 
 settings: Final = Settings()
 DEFAULT_PROVIDER: Final = "default"
+MOST_MONEY: Final = 10**12  # in millionths, it fits its columns
+MOST_PRICE: Final = 10**8  # and so does what an answer costs
 NAMES: Final = frozenset(f.name for f in fields(Settings))
 
 
 def complaint(name: str, value: object) -> str | None:
     """What is wrong with ``CHATNEST[name] = value``, or None."""
     is_right, must_be = _RULES[name]
-    if name == "PROVIDERS" and isinstance(value, Mapping):
-        return next(filter(None, map(_provider_complaint, value, value.values())), None)
+    if name in _COMPLAINTS and isinstance(value, Mapping):
+        return next(filter(None, map(_COMPLAINTS[name], value, value.values())), None)
     if is_right(value):
         return None
     shown = "what it is" if name in ("OPENAI_API_KEY", "PROVIDERS") else repr(value)
@@ -117,6 +124,15 @@ def is_whole(value: object) -> Any:
 def is_number(value: object) -> Any:
     """True for a finite int or float: NaN compares false with every limit, so it is no number here."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_amount(value: object, most: int = MOST_MONEY) -> bool:
+    """True for an amount of money, 0 or more; not for a float, which is not what was typed."""
+    try:
+        amount = Decimal(value) if isinstance(value, str | Decimal) or is_whole(value) else None  # type: ignore[arg-type]
+    except InvalidOperation:
+        return False
+    return amount is not None and amount.is_finite() and 0 <= amount < most
 
 
 def _is_zone(value: object) -> bool:
@@ -134,6 +150,10 @@ _SECONDS: Rule = (lambda value: is_number(value) and value > 0, "a number of sec
 _FLAG: Rule = (lambda value: isinstance(value, bool), "True or False")
 _TEXT: Rule = (lambda value: isinstance(value, str), "a string")
 
+_AMOUNT: Rule = (
+    lambda value: value is None or is_amount(value),
+    "an amount of the currency, 0 or more, as text, Decimal or whole number, or None",
+)
 _ADDRESS: Rule = (lambda value: _is_address(value), "an address that begins with http:// or https://")
 _CALLABLE: Rule = (
     lambda value: value is None or isinstance(value, str) or callable(value),
@@ -155,6 +175,15 @@ _RULES: Final[Mapping[str, Rule]] = {
         lambda value: value is None or (is_whole(value) and value >= 0),
         "a whole number, 0 or more, or None",
     ),
+    "SITE_DAILY_MONEY_LIMIT": _AMOUNT,
+    "SITE_MONTHLY_MONEY_LIMIT": _AMOUNT,
+    "CURRENCY": (
+        lambda value: (
+            isinstance(value, str) and len(value) == 3 and value.isascii() and value.isalpha() and value.isupper()
+        ),
+        "the three letters of a currency, such as 'USD'",
+    ),
+    "PRICES": (lambda value: isinstance(value, Mapping), "a dict of dicts, each a model's prices"),
     "ALLOW_ANONYMOUS": _FLAG,
     "PAYER": _CALLABLE,
     "PREPARE": _CALLABLE,
@@ -227,6 +256,24 @@ def _provider_complaint(name: object, typed: object) -> str | None:
     if name != DEFAULT_PROVIDER and not {"BASE_URL", "CLIENT"} & typed.keys():
         return f"{where} needs a BASE_URL, or a CLIENT."
     return None
+
+
+def _price_complaint(model: object, typed: object) -> str | None:
+    where = f"CHATNEST['PRICES'][{model!r}]"
+    if not isinstance(model, str) or not isinstance(typed, Mapping):
+        return f"{where} must be a dict, under a model's name, or provider/model."
+    if not {"input", "output"} <= typed.keys() <= {"input", "cached_input", "output"}:
+        return f"{where} must have the keys 'input' and 'output', and may have 'cached_input'."
+    for key, value in typed.items():
+        if not is_amount(value, MOST_PRICE):
+            return (
+                f"{where}[{key!r}] must be the price of a million tokens, 0 or more, as text, Decimal or whole number, "
+                f"not {value!r}."
+            )
+    return None
+
+
+_COMPLAINTS: Final = {"PROVIDERS": _provider_complaint, "PRICES": _price_complaint}
 
 
 def provider_names() -> frozenset[str]:

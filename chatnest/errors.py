@@ -92,6 +92,18 @@ class DailyBudgetExceeded(ChatError):
     message = _("Daily AI budget exceeded. Try again tomorrow.")
 
 
+class MonthlyBudgetExceeded(ChatError):
+    code, status = "monthly_budget_exceeded", 429
+    message = _("Monthly AI budget exceeded. Try again next month.")
+
+
+class PriceUnknown(ChatError):
+    """Money is limited, and nobody knows what the model costs: only the operator can mend it."""
+
+    code, status = "price_unknown", 503
+    message = _("The chat is not set up correctly. Its operator has been told.")
+
+
 class TooManyStreams(ChatError):
     code, status, retryable = "too_many_streams", 429, True
     message = _("Too many answers are being written for you at once. Let one finish first.")

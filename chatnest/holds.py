@@ -174,7 +174,9 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
     async def _settle(self, error: BaseException | None) -> None:
         batcher.unwatch(self)
         settle = self._settlement(error)
-        log_settled(settle, time.monotonic() - self._began)
+        if isinstance(error, openai.APIStatusError):
+            tell_if_misconfigured(self.hold, self._refused(error).error)
+        log_settled(settle, time.monotonic() - self._began, settle.error)
         self._operation.end(settle, error=type(error).__name__ if error else "")
         await batcher.settled(settle)
 
@@ -187,7 +189,20 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
             outcome = Outcome.UPSTREAM_ERROR if isinstance(error, openai.APIError) else Outcome.CANCELLED
         # What was sent besides the messages, and shown, nobody knows: so it teaches nothing about the model.
         told = Exchange(messages=self._messages, duration=time.monotonic() - self._began)
-        return replace(settlement(self.hold, outcome, received, unreported="held"), lesson=None, exchange=told)
+        settle = settlement(self.hold, outcome, received, unreported="held")
+        return replace(settle, lesson=None, error=self._code(error), exchange=told)
+
+    def _code(self, error: BaseException | None) -> str:
+        """Of what ended the block, as the chat names it; empty where that is the site's own."""
+        if self.stopped:
+            return Paused.code
+        if isinstance(error, openai.APIStatusError):
+            return self._refused(error).error.code
+        return error.code if isinstance(error, ChatError) else ""
+
+    def _refused(self, error: openai.APIStatusError) -> failures.Failure:
+        refusal, seconds = error.response, time.monotonic() - self._began
+        return failures.refused(refusal.status_code, refusal.headers, refusal.content, seconds=seconds)
 
     def _received(self, error: BaseException | None) -> Received:
         if self._report:
@@ -197,12 +212,9 @@ class hold:  # noqa: N801 - used as a statement is, like contextlib's
         if self._released:
             return NOTHING
         if isinstance(error, openai.APIStatusError):
-            refusal, seconds = error.response, time.monotonic() - self._began
-            failure = failures.refused(refusal.status_code, refusal.headers, refusal.content, seconds=seconds)
-            tell_if_misconfigured(self.hold, failure.error)
             # The package counts its own retries: what was refused last may have been billed before.
-            retried = refusal.request.headers.get("x-stainless-retry-count", "0") != "0"
-            return Received(billed=Billed.ANSWER) if failure.error.billed or retried else NOTHING
+            retried = error.response.request.headers.get("x-stainless-retry-count", "0") != "0"
+            return Received(billed=Billed.ANSWER) if self._refused(error).error.billed or retried else NOTHING
         return Received(billed=Billed.ANSWER)
 
 
@@ -212,7 +224,7 @@ def reservation(terms: Terms, bound: int, label: str) -> Reserve:
     calibration = batcher.calibration(terms.provider, terms.model)
     excess = calibration.prompt_excess if calibration else 0
     return Reserve(
-        budgets=ledger.todays_budgets(terms.budgets, whole=terms.whole),
+        budgets=ledger.todays_budgets(terms.budgets, whole=terms.whole, money=terms.money),
         profile=terms.profile,
         provider=terms.provider,
         model=terms.model,
@@ -224,4 +236,6 @@ def reservation(terms: Terms, bound: int, label: str) -> Reserve:
         rate_max_requests=limits.rate_max_requests,
         rate_window_seconds=limits.rate_window_seconds,
         max_concurrent_streams=limits.max_concurrent_streams,
+        price=terms.price,
+        hold_price=terms.price,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -20,13 +20,15 @@ from .accounts import ANONYMOUS, KINDS, SHARED, SITE, is_stranger
 from .conf import settings, today
 from .errors import ChatError, Forbidden, NotAuthenticated, Paused
 from .limits import DEFAULT_PROFILES, Limits, Tightening, clamp, hard_caps, tighten, up_to
-from .models import Account, Calibration, Profile
+from .models import Account, Calibration, Price, Profile
+from .prices import MoneyLimits, UnitPrice, money_limits, price
 
 FRESH_SECONDS: Final = 2.0
 MOST_ACCOUNTS: Final = 10_000  # remembered at once
 MOST_NAMES: Final = 1000  # read in one statement
 Audience = Profile.Audience
 Calibrations = Mapping[tuple[str, str], Calibration]  # by provider and model
+Prices = Mapping[tuple[str, str], UnitPrice]  # those that are known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,7 @@ class Terms:
     """What one request gets: limits in force, and each account's daily limit, the payer's first.
 
     ``fallback``: the provider and the model to ask where the first fail. ``whole``: the daily limit of an account
-    for which the request asked less.
+    for which the request asked less. ``money``: of the accounts that have one. ``prices``: of whatever may be asked.
     """
 
     profile: str
@@ -45,6 +47,13 @@ class Terms:
     limits: Limits
     budgets: Mapping[str, int]
     whole: Mapping[str, int] = field(default_factory=dict)
+    money: Mapping[str, MoneyLimits] = field(default_factory=dict)
+    prices: Prices = field(default_factory=dict)
+
+    @property
+    def price(self) -> UnitPrice | None:
+        """The model's, if it is known."""
+        return self.prices.get((self.provider, self.model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,7 @@ class Policy:
     profiles: Mapping[str, Profile]
     accounts: Mapping[str, Account]
     calibrations: Calibrations = field(default_factory=dict)
+    prices: Prices = field(default_factory=dict)
 
     @classmethod
     def read(cls, accounts: Collection[str] = ()) -> Policy:
@@ -74,7 +84,8 @@ class Policy:
         alias = settings.DATABASE_ALIAS
         profiles = read_profiles()
         calibrations = {(row.provider, row.model): row for row in Calibration.objects.using(alias)}
-        return cls(profiles, read_accounts(accounts) if accounts else {}, calibrations)
+        rows = read_accounts(accounts) if accounts else {}
+        return cls(profiles, rows, calibrations, _read_prices(profiles.values()))
 
     def terms(self, accounts: Sequence[str], asked: str, request: Tightening | None = None) -> Terms:
         """The terms for a request of ``accounts`` (the payer first) that asked for a profile.
@@ -103,7 +114,24 @@ class Policy:
             limits=limits,
             budgets=budgets,
             whole=whole,
+            money=self._money_limits(accounts, profile),
+            prices=self.prices,
         )
+
+    def _money_limits(self, accounts: Sequence[str], profile: Profile) -> dict[str, MoneyLimits]:
+        limits = {name: self.money(name, None if index else profile) for index, name in enumerate(accounts)}
+        return {name: its for name, its in limits.items() if its}
+
+    def money(self, account: str, profile: Profile | None = None) -> MoneyLimits:
+        """What is in force for an account in a day and in a month; of a payer, by its ``profile``."""
+        limits = MoneyLimits()
+        if account == SITE:
+            limits = money_limits(settings.SITE_DAILY_MONEY_LIMIT, settings.SITE_MONTHLY_MONEY_LIMIT)
+        if profile:
+            limits = limits.lowered(profile.daily_money_limit, profile.monthly_money_limit)
+        if row := self.accounts.get(account):
+            limits = limits.lowered(row.daily_money_limit, row.monthly_money_limit)
+        return limits
 
     def daily_limit(self, account: str, day: date | None = None) -> DailyLimit:
         """What is in force for ``account`` on a day, today if it is None; for a payer, by the largest profile."""
@@ -190,6 +218,13 @@ def read_profiles() -> dict[str, Profile]:
         # Its operator may have tightened it, so no other limits stand for it: a missing row is one that is off.
         profiles.setdefault(name, Profile(name=name, enabled=False))
     return profiles
+
+
+def _read_prices(profiles: Iterable[Profile]) -> Prices:
+    """Of what profiles ask, as rows, settings and the list have it by now."""
+    rows = {(row.provider, row.model): row for row in Price.objects.using(settings.DATABASE_ALIAS)}
+    asked = {(profile.provider, profile.model) for profile in profiles}
+    return {key: found for key in asked if (found := price(*key, rows))}
 
 
 def read_accounts(names: Collection[str]) -> dict[str, Account]:

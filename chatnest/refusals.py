@@ -16,7 +16,7 @@ from typing import Final
 
 from .accounts import ANONYMOUS, SITE, is_stranger
 from .conf import moment, now, settings, stored, today
-from .errors import ChatError, DailyBudgetExceeded, RateLimited
+from .errors import ChatError, DailyBudgetExceeded, MonthlyBudgetExceeded, RateLimited
 from .ledger.batcher import batcher
 from .ledger.bulk import insert, run, table
 from .logs import log_refused
@@ -60,6 +60,8 @@ class Remembered:
                 before.rate_window_seconds,
             )
         budgets = self.terms.budgets
+        if (terms.money, terms.price) != (self.terms.money, self.terms.price):
+            return False
         return terms.budgets.keys() == budgets.keys() and all(
             limit <= budgets[name] for name, limit in terms.budgets.items()
         )
@@ -99,7 +101,7 @@ class Refusals:
         """Of rate: until one more request fits. Of a budget: for a second, as anything that settles may change it."""
         # What is told to wait is rounded up; and nobody is refused too long.
         seconds = (refusal.retry_after or 0) - 1.0
-        if isinstance(refusal, DailyBudgetExceeded):
+        if isinstance(refusal, DailyBudgetExceeded | MonthlyBudgetExceeded):
             seconds = min(seconds, BUDGET_SECONDS)
         elif not isinstance(refusal, RateLimited):
             return

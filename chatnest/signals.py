@@ -40,6 +40,7 @@ CLOSE_SECONDS: Final = 5.0
 # its stream said what it used, or the commit's answer was lost. Arguments:
 #     reservation          the row; of it also payer, accounts, profile, provider, model, label, outcome
 #     tokens               charged; source: how sure that is. prompt_tokens, completion_tokens: the provider's count
+#     cost                 in millionths of currency, which is CHATNEST["CURRENCY"]; None where no price was known
 #     finish_reason        "stop", "length", "content_filter"; None where the answer broke off
 #     time_to_first_token  in seconds; None where none came. duration: in seconds, with retries
 #     messages             what the model was sent, its instructions too: Messages with a role and a content
@@ -170,6 +171,8 @@ def _send_settled(id: UUID, exchange: Exchange) -> bool:
         outcome=row.outcome,
         source=row.usage_source,
         tokens=row.tokens_charged,
+        cost=row.cost,
+        currency=settings.CURRENCY,
         prompt_tokens=row.prompt_tokens,
         completion_tokens=row.completion_tokens,
         finish_reason=exchange.finish_reason,

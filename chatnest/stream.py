@@ -293,11 +293,16 @@ class Chat:
         self._deadlines.end()
         self._slot.release()
         batcher.unwatch(self)
-        settle = self._attempts.settlement(outcome)
+        first, reason = self._time_to_first_token, self._attempts.finish_reason
+        settle = replace(
+            self._attempts.settlement(outcome),
+            error=error,
+            first_token_ms=None if first is None else round(1000 * first),
+            exchange=None if self._text is None else self._exchange(self._text),
+        )
         log_settled(settle, self._duration, error)
-        reason, first = self._attempts.finish_reason, self._time_to_first_token
         self._operation.end(settle, error=error, finish_reason=reason, first_token=first)
-        return settle if self._text is None else replace(settle, exchange=self._exchange(self._text))
+        return settle
 
     @property
     def _time_to_first_token(self) -> float | None:

@@ -15,7 +15,7 @@ from chatnest import ledger
 from chatnest.conf import settings
 from chatnest.errors import ChatError
 from chatnest.ledger import Hold, Operation, Reserve, Settle
-from chatnest.models import Adjustment, Calibration, DailyUsage, Reservation
+from chatnest.models import Adjustment, Calibration, DailyUsage, Reservation, UsageLine
 
 Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
 
@@ -116,13 +116,27 @@ def discrepancies() -> list[str]:
             key = (row.day, account)
             if row.state == Reservation.State.OPEN:
                 proven[*key, "tokens_reserved"] += row.tokens
+                proven[*key, "cost_reserved"] += row.cost_reserved or 0
+            else:
+                proven[*key, "billed"] += row.tokens_charged
+                proven[*key, "billed_cost"] += row.cost or 0
+                proven[*key, "unpriced"] += row.cost is None
+                proven[*key, "answers"] += 1
+            proven[*key, "cached_tokens"] += row.cached_tokens
+            proven[*key, "reasoning_tokens"] += row.reasoning_tokens
             proven[*key, "tokens_used"] += row.tokens_charged
+            proven[*key, "cost_used"] += row.cost or 0
             proven[*key, "prompt_tokens"] += row.prompt_tokens
             proven[*key, "completion_tokens"] += row.completion_tokens
             proven[*key, "requests"] += 1
     for adjustment in Adjustment.objects.using(alias):
         proven[adjustment.day, adjustment.account, "tokens_used"] += adjustment.tokens
-    fields = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
+        proven[adjustment.day, adjustment.account, "cost_used"] += adjustment.cost
+        if adjustment.kind in (Adjustment.Kind.LATE, Adjustment.Kind.PRUNED):
+            proven[adjustment.day, adjustment.account, "billed"] += adjustment.tokens
+            proven[adjustment.day, adjustment.account, "billed_cost"] += adjustment.cost
+    counted = ("tokens_reserved", "tokens_used", "cost_reserved", "cost_used")
+    fields = (*counted, "prompt_tokens", "completion_tokens", "requests")
     stored: Counter[tuple[Any, ...]] = Counter(
         {
             (usage.day, usage.account, field): getattr(usage, field)
@@ -130,6 +144,14 @@ def discrepancies() -> list[str]:
             for field in fields
         }
     )
+    for line in UsageLine.objects.using(alias):
+        key = (line.day, line.account)
+        stored[*key, "billed"] += line.tokens_reported + line.tokens_counted + line.tokens_held
+        stored[*key, "billed_cost"] += line.cost
+        stored[*key, "unpriced"] += line.unpriced
+        stored[*key, "answers"] += line.requests
+        stored[*key, "cached_tokens"] += line.cached_tokens
+        stored[*key, "reasoning_tokens"] += line.reasoning_tokens
     return [
         f"{key}: {stored[key]} stored, {proven[key]} proven"
         for key in sorted(stored.keys() | proven.keys(), key=str)

@@ -11,9 +11,12 @@ must be the model's, and after every step the rows must add up.
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
+from fractions import Fraction
+from math import ceil
 from typing import Any, Final
 from unittest import mock
 from uuid import UUID, uuid4
@@ -27,12 +30,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from chatnest import conf, ledger
-from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, Paused, RateLimited, TooManyStreams
+from chatnest.errors import (
+    ChatError,
+    DailyBudgetExceeded,
+    InternalError,
+    MonthlyBudgetExceeded,
+    Paused,
+    RateLimited,
+    TooManyStreams,
+)
 from chatnest.ledger import Budget, Hold, Lesson, Reserve, Reset, Settle, Stop, new_id, todays_budgets
 from chatnest.ledger.charges import IN_FLIGHT, Billed, Received, settlement
 from chatnest.limits import Limits
-from chatnest.models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Reservation
+from chatnest.models import Account, Adjustment, Calibration, DailyUsage, Profile, RateWindow, Reservation, UsageLine
 from chatnest.policy import Policy, Terms
+from chatnest.prices import MoneyLimits, UnitPrice
 from chatnest.provider.chunks import Report
 
 from .bookkeeping import Clock, Outcome, UsageSource, hold_of
@@ -44,6 +56,7 @@ STEPS: Final = 50
 BERLIN: Final = ZoneInfo("Europe/Berlin")
 LEASE: Final = 30
 SITE_LIMIT: Final = 1500
+SITE_MONEY: Final = {"SITE_DAILY_MONEY_LIMIT": "60", "SITE_MONTHLY_MONEY_LIMIT": "75.000001"}
 LIMITS: Final = {
     "max_output_tokens": 120,
     "max_messages": 6,
@@ -52,6 +65,8 @@ LIMITS: Final = {
     "rate_max_requests": 9,
     "rate_window_seconds": 60,
     "max_concurrent_streams": 5,
+    "daily_money_limit": "25",
+    "monthly_money_limit": "32.50",
 }
 PAYERS: Final = (("user:1", "site"), ("user:2", "site"), ("user:2", "team:1", "site"))
 FIELDS: Final = {  # the model's names for the rows'
@@ -59,9 +74,12 @@ FIELDS: Final = {  # the model's names for the rows'
     "outcome": "outcome",
     "source": "usage_source",
     "charged": "tokens_charged",
+    "cost_reserved": "cost_reserved",
+    "cost": "cost",
     "prompt": "prompt_tokens",
     "completion": "completion_tokens",
 }
+MONEY: Final = ("daily_money_limit", "monthly_money_limit")
 Key = tuple[date, str]
 
 
@@ -76,6 +94,7 @@ class Provider:
     model: str
     template: int
     shows_reasoning: bool
+    price: UnitPrice
 
     def answer(
         self, hold: Hold, text: int, reasoning: int, leaves_after: int | None, more: int
@@ -92,6 +111,7 @@ class Provider:
                 completion_tokens=completion,
                 total_tokens=prompt + completion,
                 reasoning_tokens=reasoning,
+                cached_tokens=more * 10,  # of the prompt, or so it says
             )
             return prompt + completion, Received(
                 billed=Billed.ANSWER, tokens=shown + text, reasoning_tokens=shown, ended=True, report=report
@@ -102,12 +122,19 @@ class Provider:
 
 # One that shows what it bills, and one of which nobody knows when it reasons but by its reports: it always does.
 PROVIDERS: Final = (
-    Provider("default", "gpt-4o-mini", template=7, shows_reasoning=True),
-    Provider("azure", "o-something", template=0, shows_reasoning=False),
+    Provider("default", "gpt-4o-mini", 7, True, UnitPrice(3_300_000_001, 1_100_000_000, 17_000_000_003)),
+    Provider("azure", "o-something", 0, False, UnitPrice(25_000_000_000, 12_500_000_000, 100_000_000_000)),
 )
 
 
 # The model.
+
+
+def cost_of(price: UnitPrice | None, prompt: int, answer: int, cached: int = 0) -> int:
+    """In whole millionths, by fractions of them."""
+    assert price
+    parts = (prompt - cached, price.input), (cached, price.cached_input), (answer, price.output)
+    return ceil(sum(Fraction(tokens * its, 1_000_000) for tokens, its in parts))
 
 
 @dataclass
@@ -115,7 +142,13 @@ class Held:
     day: date
     accounts: Sequence[str]
     tokens: int
+    cost_reserved: int
     expires: datetime
+    line: tuple[str, str]
+    cost: int | None = None
+    charged_cost: int = 0
+    corrected_cost: dict[str, int] = field(default_factory=dict)
+    billed: int = 0  # in tokens, at last
     state: str = "open"
     outcome: str = ""
     source: str = "none"
@@ -136,10 +169,12 @@ class Model:
     """What the ledger should be: no counters, only what happened."""
 
     holds: dict[UUID, Held] = field(default_factory=dict)
-    forgiven: list[tuple[Key, int, datetime]] = field(default_factory=list)
+    forgiven: list[tuple[Key, int, int, datetime]] = field(default_factory=list)
     admitted: list[tuple[str, int, datetime]] = field(default_factory=list)  # who, by which window, when
     # Up to where each budget may be filled: the limit of the last admission, and what providers overran since.
     filled_to: dict[Key, int] = field(default_factory=dict)
+    # The same of money, in a day and in a month, named by its first day; where there is no limit, there is nothing.
+    paid_to: dict[tuple[str, date, str], int] = field(default_factory=dict)
     # What each answer taught that is not forgotten.
     lessons: dict[tuple[str, str], list[Lesson]] = field(default_factory=dict)
 
@@ -148,7 +183,33 @@ class Model:
 
     def used(self, key: Key) -> int:
         charges = sum(held.charged + held.corrected.get(key[1], 0) for held in self.of(key))
-        return charges - sum(tokens for reset, tokens, _ in self.forgiven if reset == key)
+        return charges - sum(tokens for reset, tokens, _, _ in self.forgiven if reset == key)
+
+    def used_cost(self, key: Key) -> int:
+        charges = sum(held.charged_cost + held.corrected_cost.get(key[1], 0) for held in self.of(key))
+        return charges - sum(cost for reset, _, cost, _ in self.forgiven if reset == key)
+
+    def reserved_cost(self, key: Key) -> int:
+        return sum(held.cost_reserved for held in self.of(key) if held.state == "open")
+
+    def paid(self, key: Key) -> int:
+        return self.used_cost(key) + self.reserved_cost(key)
+
+    def paid_in_month(self, key: Key) -> int:
+        day = key[0].replace(day=1)
+        days = {held.day for held in self.holds.values()} | {reset[0] for reset, *_ in self.forgiven}
+        return sum(self.paid((one, key[1])) for one in days if one.replace(day=1) == day)
+
+    def purses(self, budgets: Sequence[Budget]) -> list[tuple[str, int]]:
+        """What is left of money, of a day or a month."""
+        left = []
+        for budget in budgets:
+            key = budget.period, budget.account
+            if budget.money and budget.money.daily is not None:
+                left.append(("day", budget.money.daily - self.paid(key)))
+            if budget.money and budget.money.monthly is not None:
+                left.append(("month", budget.money.monthly - self.paid_in_month(key)))
+        return left
 
     def reserved(self, key: Key) -> int:
         return sum(held.tokens for held in self.of(key) if held.state == "open")
@@ -166,8 +227,12 @@ class Model:
                 return refusal
             room = self.room(ask.budgets)
             output = min(room - ask.prompt_tokens, ask.max_output_tokens)
-            expires = now + timedelta(seconds=LEASE)
-            self.holds[ask.id] = Held(ask.day, tuple(ask.accounts), ask.prompt_tokens + output, expires)
+            while any(cost_of(ask.price, ask.prompt_tokens, output) > left for _, left in self.purses(ask.budgets)):
+                output -= 1
+            expires, cost = now + timedelta(seconds=LEASE), cost_of(ask.price, ask.prompt_tokens, output)
+            tokens, line = ask.prompt_tokens + output, (ask.provider, ask.model)
+            self.holds[ask.id] = Held(ask.day, tuple(ask.accounts), tokens, cost, expires, line)
+            self.limit_money(ask.budgets)
             self.admitted.append((ask.payer, ask.rate_window_seconds, now))
             self.filled_to |= {(budget.period, budget.account): budget.limit for budget in ask.budgets}
         held = self.holds[ask.id]
@@ -189,7 +254,29 @@ class Model:
         wanted = ask.prompt_tokens + min(ask.max_output_tokens, ask.min_output_tokens)
         if wanted > self.room(ask.budgets):
             return DailyBudgetExceeded, seconds_of(ask.day, now)
+        least = cost_of(ask.price, ask.prompt_tokens, min(ask.max_output_tokens, ask.min_output_tokens))
+        short = {period for period, left in self.purses(ask.budgets) if left < least}
+        if "month" in short:
+            return MonthlyBudgetExceeded, seconds_of(last_of_month(ask.day), now)
+        if short:
+            return DailyBudgetExceeded, seconds_of(ask.day, now)
         return None
+
+    def limit_money(self, budgets: Sequence[Budget]) -> None:
+        for budget in budgets:
+            money = budget.money or MoneyLimits()
+            for period, day, limit in (
+                ("day", budget.period, money.daily),
+                ("month", budget.period.replace(day=1), money.monthly),
+            ):
+                self.paid_to.pop((period, day, budget.account), None)
+                if limit is not None:
+                    self.paid_to[period, day, budget.account] = limit
+
+    def overpay(self, day: date, account: str, cost: int) -> None:
+        for key in (("day", day, account), ("month", day.replace(day=1), account)):
+            if key in self.paid_to:
+                self.paid_to[key] += cost
 
     def rate_wait(self, ask: Reserve, now: datetime) -> int:
         """Whole seconds until it fits, found by trying each."""
@@ -214,45 +301,53 @@ class Model:
         if held and (held.state == "open" or held.awaited):
             late = held.state != "open"
             held.awaited = False
+            answer = ask.total_tokens - ask.prompt_tokens
+            cost = cost_of(ask.hold.price, ask.prompt_tokens, answer, ask.cached_tokens) if ask.total_tokens else 0
             if ask.lesson:
                 self.lessons.setdefault((ask.lesson.provider, ask.lesson.model), []).append(ask.lesson)
             if late:
                 for account in held.accounts:
-                    correction = ask.total_tokens - held.charged
-                    if correction > 0 or not self.was_forgiven((held.day, account), held):
+                    correction, refund = ask.total_tokens - held.charged, cost - held.charged_cost
+                    forgiven = self.was_forgiven((held.day, account), held)
+                    if correction > 0 or not forgiven:
                         held.corrected[account] = correction
+                    if refund > 0 or not forgiven:
+                        held.corrected_cost[account] = refund
             else:
-                self.resolve(held, "settled", ask.outcome.value, ask.total_tokens, now)
-            held.source = ask.source.value
+                self.resolve(held, "settled", ask.outcome.value, ask.total_tokens, cost, now)
+            held.source, held.cost, held.billed = ask.source.value, cost, ask.total_tokens
             held.prompt, held.completion = ask.prompt_tokens, ask.completion_tokens
             for account in held.accounts:
                 self.filled_to[held.day, account] += max(0, ask.total_tokens - held.tokens)
+                self.overpay(held.day, account, max(0, cost - held.cost_reserved))
         return int, self.remaining(ask.hold.budgets)
 
     def was_forgiven(self, key: Key, held: Held) -> bool:
-        return any(reset == key and at >= (held.resolved or at) for reset, _, at in self.forgiven)
+        return any(reset == key and at >= (held.resolved or at) for reset, _, _, at in self.forgiven)
 
-    def resolve(self, held: Held, state: str, outcome: str, charge: int, now: datetime) -> None:
+    def resolve(self, held: Held, state: str, outcome: str, charge: int, cost: int, now: datetime) -> None:
         held.state, held.outcome, held.charged, held.resolved = state, outcome, charge, now
+        held.cost, held.charged_cost, held.billed = cost, cost, charge
 
     def stop(self, ask: Stop, now: datetime) -> Any:
         held = self.holds.get(ask.id)
         if not held or held.state != "open":
             return bool, False
-        self.resolve(held, "settled", "stopped", held.tokens, now)
+        self.resolve(held, "settled", "stopped", held.tokens, held.cost_reserved, now)
         held.source, held.awaited = "held", True
         return bool, True
 
     def reset(self, ask: Reset, now: datetime) -> Any:
         key = ask.day, ask.account
-        if tokens := self.used(key):
-            self.forgiven.append((key, tokens, now))
+        tokens, cost = self.used(key), self.used_cost(key)
+        if tokens or cost:
+            self.forgiven.append((key, tokens, cost, now))
         return int, tokens
 
     def expire(self, now: datetime) -> None:
         for held in self.holds.values():
             if held.state == "open" and held.expires <= now:
-                self.resolve(held, "expired", "expired", held.tokens, now)
+                self.resolve(held, "expired", "expired", held.tokens, held.cost_reserved, now)
                 held.source, held.awaited = "held", True
 
     def known(self, of: tuple[str, str]) -> Calibration | None:
@@ -285,6 +380,12 @@ def seconds_of(day: date, now: datetime) -> int:
     while at.astimezone(BERLIN).date() <= day:
         at += timedelta(minutes=1)
     return max(1, -((now - at) // timedelta(seconds=1)))
+
+
+def last_of_month(day: date) -> date:
+    while (day + timedelta(1)).month == day.month:
+        day += timedelta(1)
+    return day
 
 
 # The machine.
@@ -328,6 +429,8 @@ operation = st.one_of(
 edit = st.one_of(
     happens("pause", accounts, st.sampled_from([False, False, True])),
     happens("limit account", accounts, st.sampled_from([None, 5000, 500, 250, 0])),
+    happens("limit money", accounts, st.sampled_from(MONEY), st.sampled_from([None, None, "25", "8", "0.02"])),
+    happens("limit profile", st.sampled_from(MONEY), st.sampled_from(["25", "9", "40", None])),
     happens("limit profile", st.just("rate_max_requests"), st.sampled_from([9, 5, 1, 0])),
     happens("clear", st.sampled_from(PROVIDERS)),
     happens("limit profile", st.just("max_concurrent_streams"), st.sampled_from([5, 3, 1, 0])),
@@ -346,11 +449,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 "2026-06-15T21:59:30+00:00",  # before midnight
                 "2026-03-28T22:30:00+00:00",  # before the day of 23 hours
                 "2026-10-24T21:30:00+00:00",  # before the day of 25 hours
+                "2026-11-30T22:50:00+00:00",  # before another month
             ]
         )
     )
     def begin(self, start: str) -> None:
-        for model in (Reservation, Adjustment, Calibration, DailyUsage, RateWindow, Account, Profile):
+        for model in (Reservation, Adjustment, Calibration, DailyUsage, UsageLine, RateWindow, Account, Profile):
             rows = model._default_manager.using(self.alias)
             rows._raw_delete(self.alias)  # type: ignore[attr-defined]
         self.edit_limit_profile()
@@ -415,12 +519,15 @@ class LedgerMachine(RuleBasedStateMachine):
     def edit_limit_account(self, account: str, limit: int | None) -> None:
         Account.objects.using(self.alias).update_or_create(name=account, defaults={"daily_token_limit": limit})
 
+    def edit_limit_money(self, account: str, name: str, limit: str | None) -> None:
+        Account.objects.using(self.alias).update_or_create(name=account, defaults={name: limit})
+
     def edit_clear(self, provider: Provider) -> None:
         """What reports have taught of a model."""
         Calibration.objects.using(self.alias).filter(provider=provider.name, model=provider.model).delete()
         self.model.lessons.pop((provider.name, provider.model), None)
 
-    def edit_limit_profile(self, name: str = "max_output_tokens", value: int = 120) -> None:
+    def edit_limit_profile(self, name: str = "max_output_tokens", value: int | str | None = 120) -> None:
         rows = Profile.objects.using(self.alias)
         profile = rows.filter(name="balanced").first() or Profile(name="balanced", **LIMITS)
         setattr(profile, name, value)
@@ -440,7 +547,7 @@ class LedgerMachine(RuleBasedStateMachine):
         excess = known.prompt_excess if known else 0
         ask = Reserve(
             id=new_id(),
-            budgets=todays_budgets(terms.budgets),
+            budgets=todays_budgets(terms.budgets, money=terms.money),
             profile=terms.profile,
             provider=provider.name,
             model=provider.model,
@@ -451,6 +558,8 @@ class LedgerMachine(RuleBasedStateMachine):
             rate_max_requests=limits.rate_max_requests,
             rate_window_seconds=limits.rate_window_seconds,
             max_concurrent_streams=limits.max_concurrent_streams,
+            price=provider.price,
+            hold_price=provider.price,
         )
         self.asked.append(ask)
         return ask
@@ -565,21 +674,58 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         counters = {(row.day, row.account): row for row in DailyUsage.objects.using(self.alias)}
-        adjusted = dict(self.adjustments())
+        adjusted, lines = dict(self.adjustments()), self.lines()
         for key in {(h.day, name) for h in self.model.holds.values() for name in h.accounts} | counters.keys():
             held, row = self.model.of(key), counters.get(key, DailyUsage())
             assert row.tokens_reserved == sum(h.tokens for h in held if h.state == "open")
-            assert row.tokens_used == sum(h.charged for h in held) + adjusted.get(key, 0) == self.model.used(key)
+            tokens, cost = adjusted.get(key, (0, 0))
+            assert row.tokens_used == sum(h.charged for h in held) + tokens == self.model.used(key)
+            assert row.cost_used == sum(h.cost or 0 for h in held) + cost == self.model.used_cost(key)
+            assert row.cost_reserved == self.model.reserved_cost(key)
             assert row.prompt_tokens == sum(h.prompt for h in held)
             assert row.completion_tokens == sum(h.completion for h in held)
             assert row.requests == len(held)
             if key in self.model.filled_to:
                 assert row.tokens_used + row.tokens_reserved <= self.model.filled_to[key]
+            charged = [h for h in held if h.state != "open"]
+            assert lines[key] == Counter(
+                {
+                    **{
+                        (source, *line): sum(h.billed for h in charged if (h.source, h.line) == (source, line))
+                        for source, line in {(h.source, h.line) for h in charged if h.source != "none"}
+                    },
+                    "requests": len(charged),
+                    "cost": sum(h.cost or 0 for h in charged),
+                    "prompt": sum(h.prompt for h in charged),
+                    "completion": sum(h.completion for h in charged),
+                }
+            )
 
-    def adjustments(self) -> Iterator[tuple[Key, int]]:
+    @invariant()
+    def no_limit_in_money_is_overspent(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        paid: Counter[tuple[str, date, str]] = Counter()
+        for row in DailyUsage.objects.using(self.alias):
+            paid["day", row.day, row.account] += row.cost_used + row.cost_reserved
+            paid["month", row.day.replace(day=1), row.account] += row.cost_used + row.cost_reserved
+        for key, most in self.model.paid_to.items():
+            assert paid[key] <= most
+
+    def adjustments(self) -> Iterator[tuple[Key, tuple[int, int]]]:
         rows = Adjustment.objects.using(self.alias).order_by()
-        for row in rows.values("day", "account").annotate(tokens=Sum("tokens")):
-            yield (row["day"], row["account"]), row["tokens"]
+        for row in rows.values("day", "account").annotate(tokens=Sum("tokens"), cost=Sum("cost")):
+            yield (row["day"], row["account"]), (row["tokens"], row["cost"])
+
+    def lines(self) -> dict[Key, Counter[Any]]:
+        found: dict[Key, Counter[Any]] = defaultdict(Counter)
+        for row in UsageLine.objects.using(self.alias):
+            for source in ("reported", "counted", "held"):
+                found[row.day, row.account][source, row.provider, row.model] += getattr(row, f"tokens_{source}")
+            found[row.day, row.account].update(
+                requests=row.requests, cost=row.cost, prompt=row.prompt_tokens, completion=row.completion_tokens
+            )
+        return found
 
 
 def shown(answer: Any) -> tuple[type, Any]:
@@ -590,7 +736,7 @@ def shown(answer: Any) -> tuple[type, Any]:
 
 
 def test_the_ledger_answers_as_the_model_does_and_always_adds_up(database: str, configure: Configure) -> None:
-    configure(TIME_ZONE="Europe/Berlin", SITE_DAILY_TOKEN_LIMIT=SITE_LIMIT)
+    configure(TIME_ZONE="Europe/Berlin", SITE_DAILY_TOKEN_LIMIT=SITE_LIMIT, **SITE_MONEY)
     assert conf.settings.LEASE_SECONDS == LEASE
     machine = type("LedgerMachine", (LedgerMachine,), {"alias": database})
     run_state_machine_as_test(

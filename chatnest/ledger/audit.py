@@ -2,37 +2,57 @@
 
     tokens_reserved = the sum of open reservations
     tokens_used     = the sum of charges + the sum of adjustments
+    its lines       = the sum of charges + what came late = tokens_used - what was forgiven
 
-and, until a day is pruned, its prompt and completion tokens and its requests are those of its reservations.
+the same of their cost, and, until a day is pruned, its prompt and completion tokens, its requests, and what else its
+lines say, are those of its reservations.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Any, Final
 
 from django.db import models, transaction
-from django.db.models import CharField, Count, F, Q, QuerySet, Sum, TextField, Value
+from django.db.models import Aggregate, CharField, Count, F, Q, QuerySet, Sum, TextField, Value
 from django.db.models.functions import Cast
 
 from ..conf import now, settings
-from ..models import Adjustment, DailyUsage, RateWindow, Reservation
+from ..models import Adjustment, DailyUsage, RateWindow, Reservation, UsageLine
 from . import leases
 from .days import today
+from .mending import correct_lines, rebuild_lines
 from .transactions import ledger_transaction, retried
 
 BATCH: Final = 1000  # rows deleted in a transaction
 MANY: Final = 10_000  # accounts repaired in a transaction, which reads the day once more
 GRACE: Final = timedelta(days=1)  # how long after its lease a reservation may yet be settled
 
-# What is proven; of an account and day that were pruned, only the first two still can be.
-PROVEN: Final = ("tokens_reserved", "tokens_used", "prompt_tokens", "completion_tokens", "requests")
+# What is proven of an account's counters, and of its lines together; once they were pruned, only the first of each.
+PROVEN: Final = (
+    *(AT_LEAST := ("tokens_reserved", "tokens_used", "cost_reserved", "cost_used")),
+    *("prompt_tokens", "completion_tokens", "requests"),
+)
+BILLED: Final = {
+    "billed_tokens": "tokens_used",
+    "billed_cost": "cost_used",
+    "billed_prompt_tokens": "prompt_tokens",
+    "billed_cached_tokens": "cached_tokens",
+    "billed_completion_tokens": "completion_tokens",
+    "billed_reasoning_tokens": "reasoning_tokens",
+    "billed_requests": "settled",
+    "billed_unpriced": "unpriced",
+}
+ALWAYS: Final = (*AT_LEAST, "billed_tokens", "billed_cost")
+# What is read of each, of which the lines have some.
+FACTS: Final = (*PROVEN, "cached_tokens", "reasoning_tokens", "settled", "unpriced")
 
-PRUNED: Final = Adjustment.Kind.PRUNED
+Kind, State = Adjustment.Kind, Reservation.State
+PRUNED: Final = Kind.PRUNED
 Progress = Callable[[str], object]
 
 
@@ -83,7 +103,7 @@ def verify(*, repair: bool = False, progress: Progress | None = None) -> list[Di
     Repair locks what was found as the ledger does, reads it again, and mends it in the same transaction.
     """
     found = []
-    days = _days(_all(DailyUsage), _all(Reservation), _all(Adjustment))
+    days = _days(_all(DailyUsage), _all(UsageLine), _all(Reservation), _all(Adjustment))
     for number, day in enumerate(days, 1):
         differences = _differences(day)
         found += _repair(day, differences) if repair else differences
@@ -95,46 +115,75 @@ def verify(*, repair: bool = False, progress: Progress | None = None) -> list[Di
 
 
 def _differences(day: date) -> list[Discrepancy]:
-    stored: dict[str, dict[str, int]] = {}
+    stored: defaultdict[str, Counter[str]] = defaultdict(Counter)
     proven: defaultdict[str, Counter[str]] = defaultdict(Counter)
     pruned: set[str] = set()
     for kind, name, *sums in _read(day):
-        counters = dict(zip(PROVEN, map(int, sums), strict=True))
-        if kind == "stored":
-            stored[name] = counters
-            continue
+        facts = dict(zip(FACTS, map(int, sums), strict=True))
+        counters = {field: facts[field] for field in PROVEN}
+        lines = {field: facts[fact] for field, fact in BILLED.items()}
+        match kind:
+            case "stored":
+                stored[name].update(counters)
+            case "lines":
+                stored[name].update(lines)
+            case "charged":
+                for account in json.loads(name):
+                    proven[account].update(counters | lines)
+            case Kind.FORGIVEN | Kind.GRANTED:
+                proven[name].update(counters)
+            case _:
+                proven[name].update(counters | lines)
         if kind == PRUNED:
             pruned.add(name)
-        for account in json.loads(name) if kind == "charged" else [name]:
-            proven[account].update(counters)
     return [
-        Discrepancy(day, account, field, was, computed)
+        Discrepancy(day, account, field, stored[account][field], proven[account][field])
         for account in sorted(stored.keys() | proven.keys())
-        for field in PROVEN[: 2 if account in pruned else None]
-        if (was := stored.get(account, {}).get(field, 0)) != (computed := proven[account][field])
+        for field in (ALWAYS if account in pruned else (*PROVEN, *BILLED))
+        if stored[account][field] != proven[account][field]
     ]
 
 
 def _read(day: date) -> Iterator[tuple[Any, ...]]:
-    """A day's counters and the sums of its rows: a kind, the account (or the JSON of several), and PROVEN."""
-    nothing = Value(0)
-    stored = _all(DailyUsage, day=day).values_list(Value("stored", CharField()), "account", *PROVEN)
-    charged = (
-        _all(Reservation, day=day)
-        .values(kind=Value("charged", CharField()), name=Cast("accounts", TextField()))
-        .annotate(
-            reserved=Sum("tokens", filter=Q(state=Reservation.State.OPEN), default=0),
-            used=Sum("tokens_charged"),
-            prompt=Sum("prompt_tokens"),
-            completion=Sum("completion_tokens"),
-            number=Count("id"),
-        )
-        .values_list("kind", "name", "reserved", "used", "prompt", "completion", "number")
+    """A day's counters and lines, and the sums of its rows: a kind, the account (or the JSON of several), and FACTS."""
+    is_open = Q(state=State.OPEN)
+    stored = _all(DailyUsage, day=day).values_list(Value("stored", CharField()), "account", *_facts(PROVEN))
+    lines = _sums(
+        _all(UsageLine, day=day).values(kind=Value("lines", CharField()), name=F("account")),
+        **{name: Sum(name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")},
+        tokens_used=Sum(F("tokens_reported") + F("tokens_counted") + F("tokens_held")),
+        cost_used=Sum("cost"),
+        settled=Sum("requests"),
+        unpriced=Sum("unpriced"),
     )
-    adjustments = _all(Adjustment, day=day).values("kind", name=F("account")).annotate(used=Sum("tokens"))
-    adjusted = adjustments.values_list("kind", "name", nothing, "used", nothing, nothing, nothing)
+    charged = _sums(
+        _all(Reservation, day=day).values(kind=Value("charged", CharField()), name=Cast("accounts", TextField())),
+        **{name: Sum(name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")},
+        tokens_reserved=Sum("tokens", filter=is_open, default=0),
+        tokens_used=Sum("tokens_charged"),
+        cost_reserved=Sum("cost_reserved", filter=is_open, default=0),
+        cost_used=Sum("cost", default=0),
+        requests=Count("id"),
+        settled=Count("id", filter=~is_open),
+        unpriced=Count("id", filter=~is_open & Q(cost=None)),
+    )
+    adjusted = _sums(
+        _all(Adjustment, day=day).values("kind", name=F("account")), tokens_used=Sum("tokens"), cost_used=Sum("cost")
+    )
     # Django 6.1 orders a union as the first model is ordered, unless told not to.
-    return stored.union(charged, adjusted, all=True).order_by().iterator()
+    return stored.union(lines, charged, adjusted, all=True).order_by().iterator()
+
+
+def _facts(known: Collection[str], prefix: str = "") -> list[Any]:
+    """FACTS as columns, of which those that are not known are 0."""
+    return [f"{prefix}{fact}" if fact in known else Value(0) for fact in FACTS]
+
+
+def _sums(rows: QuerySet[Any], **sums: Aggregate) -> QuerySet[Any]:
+    """``rows`` of a kind and a name, grouped by these, and FACTS of each."""
+    summed = rows.annotate(**{f"sum_{fact}": its for fact, its in sums.items()})
+    listed: QuerySet[Any] = summed.values_list("kind", "name", *_facts(sums, "sum_"))
+    return listed
 
 
 def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:
@@ -150,10 +199,24 @@ def _repair(day: date, differences: list[Discrepancy]) -> list[Discrepancy]:
 def _repair_accounts(day: date, accounts: set[str]) -> list[Discrepancy]:
     with ledger_transaction(keys=[(day, account) for account in accounts]) as book:
         found = [one for one in _differences(day) if one.account in accounts]
-        for one in found:
-            if one.repairable:
+        mended = [one for one in found if one.repairable]
+        for one in mended:
+            if one.field in PROVEN:
                 book.post(day, one.account, **{one.field: one.computed - one.stored})
+        _repair_lines(day, {one.account for one in mended if one.field in BILLED})
     return [replace(one, repaired=one.repairable) for one in found]
+
+
+def _repair_lines(day: date, accounts: set[str]) -> None:
+    if not accounts:
+        return
+    rebuild_lines(day, accounts)
+    left: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for one in _differences(day):
+        if one.account in accounts and one.field in BILLED and one.repairable:
+            left[one.account][one.field.removeprefix("billed_")] = one.computed - one.stored
+    for account, corrections in left.items():
+        correct_lines(day, account, corrections)
 
 
 def _charge_overdue() -> None:
@@ -170,7 +233,8 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
     """Delete the reservations, adjustments and rate windows of days before ``before``; their usage stays.
 
     One adjustment for each account and day stands for what was deleted of it, written in the same
-    transaction: every commit can be proven, so it may be interrupted anywhere, and run again.
+    transaction: every commit can be proven, so it may be interrupted anywhere, and run again. What was forgiven or
+    granted stays as it is, and so do the lines of the bill: with them it is still known what was billed.
     """
     if before > today():
         raise ValueError("Today's rows are in use: only days that are over can be pruned.")
@@ -185,7 +249,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
                 progress(", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in deleted.items()))
 
     skipped = []
-    unpruned = _all(Adjustment, day__lt=before).exclude(kind=PRUNED)
+    unpruned = _all(Adjustment, day__lt=before, kind=Kind.LATE)
     for day in _days(_all(Reservation, day__lt=before), unpruned):
         reservations, adjustments = _all(Reservation, day=day), unpruned.filter(day=day)
         if reservations.filter(_unsettled()).exists():
@@ -193,8 +257,8 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
             continue
         # Not all of them: who began before midnight may commit one yet.
         settled = reservations.exclude(_unsettled()).order_by("payer")
-        delete("reservations", settled, _fold(day, settled, "accounts", "tokens_charged"))
-        delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens"))
+        delete("reservations", settled, _fold(day, settled, "accounts", "tokens_charged", "cost"))
+        delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens", "cost"))
     windows = _all(RateWindow, day__lt=before).filter(_passed())
     delete("rate_windows", windows, _delete(windows))
     unused = _all(DailyUsage, day__lt=before, **dict.fromkeys(PROVEN, 0))
@@ -205,7 +269,7 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
 def _unsettled() -> Q:
     """Open, or charged in full for want of a settlement that may only be late."""
     awaited = Q(usage_source=Reservation.UsageSource.HELD, prompt_tokens=0, completion_tokens=0)
-    return Q(state=Reservation.State.OPEN) | awaited & Q(expires_at__gt=now() - GRACE)
+    return Q(state=State.OPEN) | awaited & Q(expires_at__gt=now() - GRACE)
 
 
 def _passed() -> Q:
@@ -216,26 +280,30 @@ def _passed() -> Q:
     return passed
 
 
-def _fold(day: date, rows: QuerySet[Any], names: str, tokens: str) -> Iterator[int]:
-    """Replace ``rows`` by their accounts' adjustments. Yields how many, after each transaction."""
-    while batch := dict(rows.values_list("pk", names)[:BATCH]):
+def _fold(day: date, rows: QuerySet[Any], *columns: str) -> Iterator[int]:
+    """Replace ``rows`` by their accounts' adjustments. Yields how many, after each transaction.
+
+    ``columns``: of the account or accounts, and of what is added up, tokens and their cost.
+    """
+    while batch := dict(rows.values_list("pk", columns[0])[:BATCH]):
         accounts = {account for value in batch.values() for account in _listed(value)}
-        yield _fold_batch(day, accounts, rows.filter(pk__in=batch), names, tokens)
+        yield _fold_batch(day, accounts, rows.filter(pk__in=batch), columns)
 
 
 @retried
-def _fold_batch(day: date, accounts: set[str], rows: QuerySet[Any], names: str, tokens: str) -> int:
+def _fold_batch(day: date, accounts: set[str], rows: QuerySet[Any], columns: tuple[str, ...]) -> int:
     with ledger_transaction(keys=[(day, account) for account in accounts]):  # a late settlement waits
         earlier = _all(Adjustment, day=day, account__in=accounts, kind=PRUNED)
-        sums = dict.fromkeys(accounts, 0)
-        for value, count in (*rows.values_list(names, tokens), *earlier.values_list("account", "tokens")):
+        sums = {account: [0, 0] for account in accounts}
+        for value, tokens, cost in (*rows.values_list(*columns), *earlier.values_list("account", "tokens", "cost")):
             for account in _listed(value):
-                sums[account] += count
+                sums[account][0] += tokens
+                sums[account][1] += cost or 0
         earlier.delete()
         number, _ = rows.delete()
         _all(Adjustment).bulk_create(
-            Adjustment(day=day, account=account, tokens=total, kind=PRUNED, created_at=now())
-            for account, total in sums.items()
+            Adjustment(day=day, account=account, tokens=tokens, cost=cost, kind=PRUNED, created_at=now())
+            for account, (tokens, cost) in sums.items()
         )
     return number
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -20,14 +20,17 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Max, Q
 
 from ..conf import moment, settings, stored
-from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
+from ..models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation, UsageLine
 from .bulk import Rows, Statement, insert, run, update
+from .days import days_of, month_of
+from .lines import ADD_TO_LINE, Bills
 from .operations import Lesson
 from .rows import RESERVATION, RESOLUTION, USAGE, ReservationRow, UsageRow, columns, reservation_row
 from .statements import (
     ADD_TO_WINDOW,
     READ_COMMITTED,
     add_to_calibration,
+    add_up_month,
     count_requests,
     count_streams,
     lock_reservations,
@@ -35,6 +38,7 @@ from .statements import (
 )
 
 Key = tuple[date, str]
+Month = tuple[date, str]  # its first day, and an account
 Read = tuple[Statement, Callable[[Rows], None]]
 Rate = tuple[str, int]  # a payer, and the length of its rate window in seconds
 State, UsageSource, Kind = Reservation.State, Reservation.UsageSource, Adjustment.Kind
@@ -58,6 +62,7 @@ class Book:
         keys: Iterable[Key] = (),
         ids: Iterable[UUID] = (),
         rates: Iterable[Rate] = (),
+        months: Iterable[Month] = (),
     ) -> None:
         self._alias: str = settings.DATABASE_ALIAS
         self.moment = moment()
@@ -69,12 +74,14 @@ class Book:
         self._inserted: dict[UUID, dict[str, Any]] = {}
         self._changed: dict[UUID, ReservationRow] = {}
         self._posted: set[Key] = set()
+        self.bills = Bills()
+        self._months: dict[Month, int] = dict.fromkeys(sorted(set(months)), 0)
         self._counted: Counter[tuple[date, Rate]] = Counter()
         self._adjustments: list[dict[str, Any]] = []
         self._forgiven_now: set[Key] = set()
         self._learned: dict[tuple[str, str], dict[str, Any]] = {}
         self._after_commit: list[Callable[[], object]] = []
-        self._keys, self._ids = sorted(set(keys)), sorted(set(ids))
+        self._keys, self._ids = sorted({*keys, *self._months}), sorted(set(ids))
         self._read()
         if self._some_were_made_meanwhile():
             self._read()
@@ -84,7 +91,14 @@ class Book:
     # Reading: all in one round trip, the locks first.
 
     def _read(self) -> None:
-        reads = [*self._isolate(), *self._lock(), *self._find(), *self._count_requests(), *self._count_streams()]
+        reads = [
+            *self._isolate(),
+            *self._lock(),
+            *self._find(),
+            *self._add_up_months(),
+            *self._count_requests(),
+            *self._count_streams(),
+        ]
         for (_, take), rows in zip(reads, run(self._alias, [one for one, _ in reads]), strict=True):
             take(rows)
 
@@ -112,6 +126,18 @@ class Book:
 
         if self._ids:
             yield lock_reservations(self._connection, self._ids, self.now), take
+
+    def _add_up_months(self) -> Iterator[Read]:
+        """What accounts have spent in a month, by all its days, of which two are locked: that which is spent from, and
+        the first, so that nobody else spends from the month meanwhile on another day."""
+        for month in sorted({month for month, _ in self._months}):
+            of_month = [account for first, account in self._months if first == month]
+
+            def take(rows: Rows, month: date = month, of_month: list[str] = of_month) -> None:
+                costs: dict[str, Any] = dict(rows)
+                self._months.update({(month, account): int(costs.get(account, 0)) for account in of_month})
+
+            yield add_up_month(self._connection, days_of(month), of_month), take
 
     def _count_requests(self) -> Iterator[Read]:
         for seconds in {seconds for _, seconds in self._rates}:
@@ -155,6 +181,18 @@ class Book:
         usage = self._usage.get((day, account))
         return usage.tokens_used + usage.tokens_reserved if usage else 0
 
+    def cost(self, day: date, account: str) -> int:
+        """Money spent or promised in a day."""
+        usage = self._usage[day, account]
+        return usage.cost_used + usage.cost_reserved
+
+    def cost_of_month(self, day: date, account: str) -> int:
+        """Money spent or promised in the month of ``day``, which this book must have been opened with."""
+        return self._months[month_of(day), account]
+
+    def used_cost(self, day: date, account: str) -> int:
+        return self._usage[day, account].cost_used
+
     def streams(self, payer: str) -> int:
         """The payer's open reservations."""
         return self._streams.get(payer, 0)
@@ -176,6 +214,7 @@ class Book:
         for day, of_day in groupby(sorted(self._usage), itemgetter(0)):
             chosen |= Q(day=day, account__in=[account for _, account in of_day])
         rows = Adjustment.objects.using(self._alias).filter(chosen, kind=Kind.FORGIVEN).order_by()
+        rows = rows.filter(Q(tokens__lt=0) | Q(cost__lt=0))  # the others take some of it back
         return {(day, name): at for day, name, at in rows.values_list("day", "account").annotate(Max("created_at"))}
 
     # Changing.
@@ -186,15 +225,22 @@ class Book:
         self._posted.add((day, account))
         for counter, change in changes.items():
             setattr(usage, counter, getattr(usage, counter) + change)
+        if self._months and (month := (month_of(day), account)) in self._months:
+            self._months[month] += changes.get("cost_used", 0) + changes.get("cost_reserved", 0)
+
+    def hold_month(self, day: date, account: str) -> None:
+        """Something is spent from the month of ``day``: leave the row by which it is locked."""
+        if (first := (month_of(day), account)) in self._missing:
+            self._posted.add(first)
 
     def cross(self, day: date, account: str, percent: int) -> None:
         self._usage[day, account].crossed = percent
         self._posted.add((day, account))
 
-    def insert(self, held: ReservationRow, **more: Any) -> None:
-        """A new reservation; ``more`` are the columns that it does not have in memory."""
+    def insert(self, held: ReservationRow, *, lease: timedelta) -> None:
+        """A new reservation, and how long it lives unless it is renewed."""
         self.reservations[held.id] = held
-        self._inserted[held.id] = more
+        self._inserted[held.id] = {"created_at": self.now, "expires_at": self.now + lease}
         self._streams[held.payer] = self.streams(held.payer) + 1
 
     def change(self, held: ReservationRow) -> None:
@@ -224,7 +270,7 @@ class Book:
         """Correct a day's use, and its cost, beside its charges."""
         if tokens or cost:
             self.post(day, account, tokens_used=tokens, cost_used=cost)
-            if kind == Kind.FORGIVEN:
+            if kind == Kind.FORGIVEN and (tokens < 0 or cost < 0):
                 self._forgiven_now.add((day, account))
             self._adjustments.append(
                 {
@@ -278,6 +324,7 @@ class Book:
                 *insert(self._alias, Reservation, opened),
                 *update(self._alias, Reservation, changed, by=("id",)),
                 *update(self._alias, DailyUsage, posted, by=("day", "account")),
+                *insert(self._alias, UsageLine, self.bills.rows(), ADD_TO_LINE),
                 *insert(self._alias, RateWindow, counted, ADD_TO_WINDOW),
                 *insert(self._alias, Adjustment, self._adjustments),
                 *insert(self._alias, Calibration, learned, add_to_calibration(self._connection)),

@@ -60,12 +60,17 @@ class Received:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charge:
-    """What is charged. ``total_tokens`` is at least the sum of the others."""
+    """What is charged. ``total_tokens`` is at least the sum of prompt and completion.
+
+    ``cached_tokens`` and ``reasoning_tokens``: of these, as reported; of what is not, all is at full price.
+    """
 
     source: Reservation.UsageSource = UsageSource.NONE
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 def most_received(allowance: int) -> int:
@@ -89,6 +94,8 @@ def settlement(
         prompt_tokens=cost.prompt_tokens,
         completion_tokens=cost.completion_tokens,
         total_tokens=cost.total_tokens,
+        cached_tokens=cost.cached_tokens,
+        reasoning_tokens=cost.reasoning_tokens,
         lesson=lesson(hold, received),
     )
 
@@ -120,6 +127,8 @@ def _reported(hold: Hold, received: Received, report: Report) -> Charge:
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=max(report.total_tokens, prompt + completion),
+        cached_tokens=min(report.cached_tokens, report.prompt_tokens),
+        reasoning_tokens=min(report.reasoning_tokens, completion),
     )
 
 

@@ -5,6 +5,8 @@ do it (https://docs.tigerbeetle.com/coding/two-phase-transfers). At every commit
 
     tokens_reserved = the sum of open reservations
     tokens_used     = the sum of charges + the sum of adjustments
+    cost_reserved, cost_used: the same of what these cost
+    the lines of a bill = charges + what came late
     tokens_used + tokens_reserved <= the limit that the last reservation was admitted under,
 
 but where a provider used more than it was allowed: all of it is charged, and the budget closes.
@@ -25,8 +27,9 @@ from ..limits import rate_wait
 from ..logs import fields
 from ..models import Adjustment, DailyUsage, Reservation
 from ..signals import Exchange, tell_crossed, tell_settled
+from . import money
 from .book import Book
-from .days import day_ends
+from .days import day_ends, month_of
 from .operations import Answer, Budget, Hold, Operation, Reserve, Reset, Settle, Stop
 from .rows import ReservationRow
 from .transactions import ledger_transaction, retried
@@ -69,6 +72,12 @@ def touched_by(operations: Sequence[Operation]) -> dict[str, Any]:
             *((ask.day, account) for ask in stops for account in ask.accounts),
             *((ask.day, ask.account) for ask in resets),
         ],
+        "months": [
+            (month_of(budget.period), budget.account)
+            for ask in reserves
+            for budget in ask.budgets
+            if budget.money and budget.money.monthly is not None
+        ],
         "ids": [*(ask.id for ask in reserves), *(ask.hold.id for ask in settles), *(ask.id for ask in stops)],
         "rates": [(ask.payer, ask.rate_window_seconds) for ask in reserves],
     }
@@ -93,7 +102,7 @@ def _reserve(book: Book, ask: Reserve) -> Hold:
     row = book.reservations.get(ask.id)
     if row is None:
         _admit(book, ask)
-        row = _hold_tokens(book, ask, ask.prompt_tokens + _fit(book, ask))
+        row = _hold(book, ask, _fit(book, ask))
     elif row.state != State.OPEN or row.is_overdue:
         raise InternalError()  # resolved, or about to be: its upstream must not be called again
     return ask.held(row.tokens - ask.prompt_tokens, _remaining(book, ask.budgets))
@@ -125,30 +134,30 @@ def _fit(book: Book, ask: Reserve) -> int:
             retry_after=(day_ends(ask.day) - book.moment).total_seconds(),
             detail=f"{left}; {ask.prompt_tokens + least:,} needed",
         )
-    return output
+    return money.fit(book, ask, output, least)
 
 
-def _hold_tokens(book: Book, ask: Reserve, tokens: int) -> ReservationRow:
+def _hold(book: Book, ask: Reserve, output: int) -> ReservationRow:
+    tokens = ask.prompt_tokens + output
+    cost = ask.hold_price.most(ask.prompt_tokens, output) if ask.hold_price else None
     held = ReservationRow(
         id=ask.id,
         day=ask.day,
         payer=ask.payer,
         accounts=ask.accounts,
         tokens=tokens,
+        cost_reserved=cost,
+        profile=ask.profile,
+        label=ask.label,
         provider=ask.provider,
         model=ask.model,
     )
-    book.insert(
-        held,
-        profile=ask.profile,
-        label=ask.label,
-        created_at=book.now,
-        expires_at=book.now + timedelta(seconds=settings.LEASE_SECONDS),
-    )
+    book.insert(held, lease=timedelta(seconds=settings.LEASE_SECONDS))
     book.count_request(ask.day, ask.payer, ask.rate_window_seconds)
     for budget in ask.budgets:
-        book.post(budget.period, budget.account, tokens_reserved=tokens, requests=1)
+        book.post(budget.period, budget.account, tokens_reserved=tokens, cost_reserved=cost or 0, requests=1)
         assert book.committed(budget.period, budget.account) <= budget.limit
+        money.held(book, budget)
         _tell_if_crossed(book, budget)  # by a lease that ran out since, or for a lower limit
     return held
 
@@ -181,8 +190,8 @@ def _settle(book: Book, ask: Settle) -> int:
     if row is None:
         pass  # never committed, so never dispatched
     elif row.state == State.OPEN:
-        resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens, ask.exchange)
         _record(book, row, ask)
+        resolve(book, row, State.SETTLED, ask.outcome, ask.source, ask.total_tokens, ask.cost, ask.exchange)
         for budget in ask.hold.budgets:
             _tell_if_crossed(book, budget)
     elif row.awaits_settlement:
@@ -193,14 +202,22 @@ def _settle(book: Book, ask: Settle) -> int:
 
 
 def _settle_late(book: Book, row: ReservationRow, ask: Settle) -> None:
-    """The hold is charged already: correct it beside the charge, once, for then it awaits nothing more."""
+    """The hold is charged already: correct it, once, for then it awaits nothing more.
+
+    Its tokens beside the charge, its cost in the row. Of what was forgiven meanwhile, nothing is given back twice.
+    """
     assert row.settled_at
-    row.usage_source = ask.source.value
+    book.bills.add(row, row.tokens_charged, times=-1)
+    tokens, cost = ask.total_tokens - row.tokens_charged, (ask.cost or 0) - (row.cost or 0)
+    row.usage_source, row.cost = ask.source.value, ask.cost
     _record(book, row, ask)
-    correction = ask.total_tokens - row.tokens_charged
+    book.bills.add(row, ask.total_tokens)
     for account in row.accounts:
-        if correction > 0 or not book.was_forgiven(row.day, account, since=row.settled_at):
-            book.adjust(row.day, account, correction, 0, Kind.LATE, reason=str(row.id))
+        book.post(row.day, account, cost_used=cost)
+        book.adjust(row.day, account, tokens, 0, Kind.LATE, reason=str(row.id))
+        if (tokens < 0 or cost < 0) and book.was_forgiven(row.day, account, since=row.settled_at):
+            back = max(0, -tokens), max(0, -cost)
+            book.adjust(row.day, account, *back, Kind.FORGIVEN, reason=str(row.id))
     book.after_commit(partial(tell_settled, row.id, ask.exchange))
 
 
@@ -212,16 +229,13 @@ def _write_again(book: Book, hold: Hold) -> ReservationRow:
         payer=hold.accounts[0],
         accounts=hold.accounts,
         tokens=0,
+        cost_reserved=0,
+        profile=hold.profile,
+        label=hold.label,
         provider=hold.provider,
         model=hold.model,
     )
-    book.insert(
-        row,
-        profile="",
-        label="",
-        created_at=book.now,
-        expires_at=book.now,
-    )
+    book.insert(row, lease=timedelta())
     return row
 
 
@@ -231,6 +245,8 @@ def _record(book: Book, row: ReservationRow, ask: Settle) -> None:
     if ask.source == UsageSource.REPORTED and ask.total_tokens > ask.hold.tokens:
         book.after_commit(partial(_warn_of_excess, ask))
     row.prompt_tokens, row.completion_tokens = ask.prompt_tokens, ask.completion_tokens
+    row.cached_tokens, row.reasoning_tokens = ask.cached_tokens, ask.reasoning_tokens
+    row.error, row.first_token_ms = ask.error, ask.first_token_ms
     row.provider, row.model = ask.hold.provider, ask.hold.model  # perhaps its fallback
     book.change(row)
     for account in row.accounts:
@@ -249,8 +265,13 @@ def _stop(book: Book, ask: Stop) -> bool:
     row = book.reservations.get(ask.id)
     if row is None or row.state != State.OPEN:
         return False
-    resolve(book, row, State.SETTLED, Outcome.STOPPED, UsageSource.HELD, row.tokens)
+    charge_hold(book, row, State.SETTLED, Outcome.STOPPED)
     return True
+
+
+def charge_hold(book: Book, row: ReservationRow, state: Reservation.State, outcome: Reservation.Outcome) -> None:
+    """In full: whoever would know what it used has not said so, and may yet."""
+    resolve(book, row, state, outcome, UsageSource.HELD, row.tokens, row.cost_reserved)
 
 
 def resolve(
@@ -260,20 +281,29 @@ def resolve(
     outcome: Reservation.Outcome,
     source: Reservation.UsageSource,
     charge: int,
+    cost: int | None,
     exchange: Exchange | None = None,
 ) -> None:
     """The one way out of open. ``exchange``: what its stream knows, where that says so."""
     assert row.state == State.OPEN
     row.state, row.outcome, row.usage_source = state.value, outcome.value, source.value
-    row.tokens_charged, row.settled_at = charge, book.now
+    row.tokens_charged, row.cost, row.settled_at = charge, cost, book.now
     book.close_stream(row)
     book.change(row)
     for account in row.accounts:
-        book.post(row.day, account, tokens_reserved=-row.tokens, tokens_used=charge)
+        book.post(
+            row.day,
+            account,
+            tokens_reserved=-row.tokens,
+            tokens_used=charge,
+            cost_reserved=-(row.cost_reserved or 0),
+            cost_used=cost or 0,
+        )
+    book.bills.add(row, charge)
     book.after_commit(partial(tell_settled, row.id, exchange))
 
 
 def _reset(book: Book, ask: Reset) -> int:
-    used = book.used(ask.day, ask.account)
-    book.adjust(ask.day, ask.account, -used, 0, Kind.FORGIVEN, reason=ask.reason, actor=ask.actor)
+    used, cost = book.used(ask.day, ask.account), book.used_cost(ask.day, ask.account)
+    book.adjust(ask.day, ask.account, -used, -cost, Kind.FORGIVEN, reason=ask.reason, actor=ask.actor)
     return used

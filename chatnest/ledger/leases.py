@@ -12,14 +12,14 @@ from django.db import IntegrityError, transaction
 
 from ..conf import now, settings
 from ..models import Account, Reservation
-from .decisions import resolve
+from .decisions import charge_hold
 from .transactions import ledger_transaction, retried
 
 logger = logging.getLogger("chatnest.ledger")
 
 MOST_OVERDUE: Final = 500
 
-State, Outcome, UsageSource = Reservation.State, Reservation.Outcome, Reservation.UsageSource
+State, Outcome = Reservation.State, Reservation.Outcome
 
 
 def expire_overdue() -> None:
@@ -54,7 +54,7 @@ def expire(ids: Sequence[UUID]) -> None:
     with ledger_transaction(keys=[(day, name) for day, names in rows for name in names], ids=ids) as book:
         for row in book.reservations.values():
             if row.state == State.OPEN and row.is_overdue:
-                resolve(book, row, State.EXPIRED, Outcome.EXPIRED, UsageSource.HELD, row.tokens)
+                charge_hold(book, row, State.EXPIRED, Outcome.EXPIRED)
 
 
 @retried

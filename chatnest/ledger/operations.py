@@ -13,6 +13,7 @@ from uuid import UUID
 from ..conf import DEFAULT_PROVIDER
 from ..errors import ChatError
 from ..models import Calibration, Reservation
+from ..prices import MoneyLimits, UnitPrice
 from ..signals import Exchange
 from .days import today
 
@@ -26,7 +27,7 @@ def new_id() -> UUID:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What an account may spend in a period, which is a day: ``limit`` in tokens.
+    """What an account may spend in a period, which is a day: ``limit`` in tokens, ``money`` beside them.
 
     ``whole``: what its operator allows, where a client asks to be given less.
     """
@@ -35,15 +36,22 @@ class Budget:
     period: date
     limit: int
     whole: int | None = None
+    money: MoneyLimits | None = None  # of the period, and of the month that it is in
 
 
-def todays_budgets(limits: Mapping[str, int], whole: Mapping[str, int] = MappingProxyType({})) -> tuple[Budget, ...]:
+def todays_budgets(
+    limits: Mapping[str, int],
+    whole: Mapping[str, int] = MappingProxyType({}),
+    money: Mapping[str, MoneyLimits] = MappingProxyType({}),
+) -> tuple[Budget, ...]:
     """Of each account and its daily limit. Fixed by the asking: after midnight it is still this day's.
 
     ``whole``: the limits of those that a client tightened.
     """
     day = today()
-    return tuple(Budget(account, day, limit, whole.get(account)) for account, limit in limits.items())
+    return tuple(
+        Budget(account, day, limit, whole.get(account), money.get(account)) for account, limit in limits.items()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +59,9 @@ class Reserve:
     """Hold the prompt and an answer of up to ``max_output_tokens`` in every budget, or in none.
 
     ``budgets``: the payer's first. ``prompt_tokens``: the prompt's bound, of which ``prompt_excess`` is what reports
-    have taught. Answered with a Hold, or with RateLimited, TooManyStreams or DailyBudgetExceeded. Asked again with
-    the same ``id``, it holds nothing more.
+    have taught. ``price``: the model's, and ``hold_price``: that of whatever may be asked instead too; None if nobody
+    knows. Answered with a Hold, or with RateLimited, TooManyStreams, DailyBudgetExceeded, MonthlyBudgetExceeded or
+    PriceUnknown. Asked again with the same ``id``, it holds nothing more.
     """
 
     budgets: Sequence[Budget]
@@ -67,6 +76,8 @@ class Reserve:
     rate_max_requests: int
     rate_window_seconds: int
     max_concurrent_streams: int
+    price: UnitPrice | None = None
+    hold_price: UnitPrice | None = None
     id: UUID = field(default_factory=new_id)
 
     @property
@@ -92,9 +103,14 @@ class Reserve:
         What either has above its model's own bound counts as excess, so that reports teach each the right one.
         """
         most = max(self.prompt_tokens, other.prompt_tokens)
-        mine = replace(self, prompt_tokens=most, prompt_excess=self.prompt_excess + most - self.prompt_tokens)
+        mine = replace(
+            self,
+            prompt_tokens=most,
+            prompt_excess=self.prompt_excess + most - self.prompt_tokens,
+            hold_price=self.price and other.price and self.price.or_dearer(other.price),
+        )
         its = other.prompt_excess + most - other.prompt_tokens
-        return mine, replace(mine, provider=other.provider, model=other.model, prompt_excess=its)
+        return mine, replace(mine, provider=other.provider, model=other.model, price=other.price, prompt_excess=its)
 
     def held(self, output_tokens: int = 0, remaining: int = 0) -> Hold:
         """The hold that answers this; without the numbers, as one knows it who did not hear the answer."""
@@ -108,12 +124,17 @@ class Reserve:
             prompt_excess=self.prompt_excess,
             output_tokens=output_tokens,
             remaining=remaining,
+            label=self.label,
+            price=self.price,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """A committed reservation. ``output_tokens`` is the answer's allowance, to be sent to the provider."""
+    """A committed reservation. ``output_tokens`` is the answer's allowance, to be sent to the provider.
+
+    ``price``: what its model's tokens cost when it was made, and so when it is settled.
+    """
 
     id: UUID
     budgets: Sequence[Budget]
@@ -124,6 +145,8 @@ class Hold:
     prompt_excess: int = 0
     output_tokens: int
     remaining: int
+    label: str = ""
+    price: UnitPrice | None = None
 
     @property
     def tokens(self) -> int:
@@ -170,7 +193,7 @@ class Settle:
     """What became of a hold. Answered with the tokens that are left of the payer's day.
 
     ``total_tokens`` is charged whole, above the hold too. Settling again changes, and teaches, nothing.
-    ``exchange`` is for the receivers of ``settled``, and in no log.
+    ``error``: the code of what ended it. ``exchange`` is for the receivers of ``settled``, and in no log.
     """
 
     hold: Hold
@@ -179,8 +202,21 @@ class Settle:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt
+    reasoning_tokens: int = 0  # of the completion
+    error: str = ""
+    first_token_ms: int | None = None  # from the stream's beginning
     lesson: Lesson | None = None
     exchange: Exchange | None = field(default=None, repr=False)
+
+    @property
+    def cost(self) -> int | None:
+        """In millionths of the currency: what is charged beyond the prompt is an answer's. None: nobody knows."""
+        if not self.total_tokens:
+            return 0
+        answer = max(self.completion_tokens, self.total_tokens - self.prompt_tokens)
+        price = self.hold.price
+        return price.cost(self.prompt_tokens, answer, self.cached_tokens) if price else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

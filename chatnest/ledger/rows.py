@@ -15,16 +15,18 @@ State, UsageSource = Reservation.State, Reservation.UsageSource
 
 
 class ReservationRow(msgspec.Struct, eq=False):
-    """A reservation's row, but for what is only written when it opens."""
+    """A reservation's row, but for its times."""
 
     id: UUID
     day: date
     payer: str
     accounts: list[str]
     tokens: int
+    cost_reserved: int | None  # this and cost: in millionths of the currency; None: nobody knows
+    profile: str
+    label: str
     provider: str
     model: str
-    cost_reserved: int = 0  # this and cost: in millionths of the currency
     state: str = State.OPEN.value
     outcome: str = ""
     usage_source: str = UsageSource.NONE.value
@@ -61,7 +63,7 @@ class UsageRow(msgspec.Struct, eq=False):
 
 
 RESERVATION: Final = ReservationRow.__struct_fields__[:-1]
-RESOLUTION: Final = ("id", *RESERVATION[5:])  # what changes when one is resolved
+RESOLUTION: Final = ("id", *RESERVATION[8:])  # what changes when one is resolved
 USAGE: Final = UsageRow.__struct_fields__
 COUNTERS: Final = USAGE[2:]
 

@@ -55,6 +55,15 @@ def lock_reservations(connection: BaseDatabaseWrapper, ids: Sequence[UUID], now:
     return statement(sql, _time(connection, now), [id if native else id.hex for id in ids])
 
 
+def add_up_month(connection: BaseDatabaseWrapper, days: Sequence[date], accounts: Sequence[str]) -> Statement:
+    """Rows of an account, and the cost of these days: what is used and what is reserved."""
+    sql = (
+        f'SELECT "account", SUM("cost_used" + "cost_reserved") FROM {table(DailyUsage)} '  # noqa: S608
+        'WHERE "day" IN %s AND "account" IN %s GROUP BY "account"'  # the days one by one: as the index has them
+    )
+    return statement(sql, [connection.ops.adapt_datefield_value(day) for day in days], list(accounts))
+
+
 def count_requests(
     connection: BaseDatabaseWrapper, seconds: int, this: datetime, last: datetime, payers: Sequence[str]
 ) -> Statement:

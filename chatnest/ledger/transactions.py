@@ -28,7 +28,7 @@ from django.db import (
 )
 
 from ..conf import settings
-from .book import Book, Key, Rate
+from .book import Book, Key, Month, Rate
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +47,11 @@ class CommitUnknown(DatabaseError):
 
 @contextmanager
 def ledger_transaction(
-    *, keys: Iterable[Key] = (), ids: Iterable[UUID] = (), rates: Iterable[Rate] = ()
+    *,
+    keys: Iterable[Key] = (),
+    ids: Iterable[UUID] = (),
+    rates: Iterable[Rate] = (),
+    months: Iterable[Month] = (),
 ) -> Iterator[Book]:
     """The book of what will be touched, locked; it is written at the end, and committed.
 
@@ -56,7 +60,7 @@ def ledger_transaction(
     committing = False
     try:
         with transaction.atomic(using=settings.DATABASE_ALIAS):
-            book = Book(keys=keys, ids=ids, rates=rates)
+            book = Book(keys=keys, ids=ids, rates=rates, months=months)
             yield book
             book.write()
             committing = True

@@ -84,16 +84,19 @@ class Reservation(models.Model):
     )
     tokens_charged = models.PositiveBigIntegerField(_("tokens charged"), default=0)
     cost_reserved = models.PositiveBigIntegerField(
-        _("cost reserved"), default=0, help_text=_("The hold, in millionths of the currency.")
+        _("cost reserved"),
+        null=True,
+        blank=True,
+        help_text=_("The hold, in millionths of the currency. Empty: no price was known."),
     )
     cost = models.PositiveBigIntegerField(
         _("cost"),
         null=True,
         blank=True,
-        help_text=_("In millionths of the currency, at the prices of its settlement. Empty: no price was known."),
+        help_text=_("In millionths of the currency, at the prices of its hold. Empty: no price was known."),
     )
     error = models.CharField(
-        _("error"), max_length=50, blank=True, default="", help_text=_("The code that the reader was told.")
+        _("error"), max_length=50, blank=True, default="", help_text=_("The code of what ended it.")
     )
     first_token_ms = models.PositiveIntegerField(_("first token, ms"), null=True, blank=True)
     created_at = models.DateTimeField(_("created at"))

@@ -46,8 +46,13 @@ class Usage(msgspec.Struct, gc=False):
     total_tokens: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int | None = None  # Moonshot, Together
+    prompt_cache_hit_tokens: int | None = None  # DeepSeek
+    reasoning_tokens: int | None = None  # Perplexity
     completion_tokens_details: _Details | None = None
     prompt_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
 
     @property
     def says_something(self) -> bool:
@@ -62,14 +67,16 @@ class Usage(msgspec.Struct, gc=False):
         """The largest of each field: some report in two halves, others more with each chunk."""
         prompt = max(before.prompt_tokens, _sane(self.prompt_tokens), _sane(self.input_tokens))
         completion = max(before.completion_tokens, _sane(self.completion_tokens), _sane(self.output_tokens))
-        of_completion = self.completion_tokens_details or _Details()
-        of_prompt = self.prompt_tokens_details or _Details()
+        of_completion = (self, self.completion_tokens_details, self.output_tokens_details)
+        of_prompt = (self, self.prompt_tokens_details, self.input_tokens_details)
+        reasoning = max(_sane(one.reasoning_tokens) for one in of_completion if one)
+        cached = max(_sane(self.prompt_cache_hit_tokens), *(_sane(one.cached_tokens) for one in of_prompt if one))
         return Report(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=max(before.total_tokens, _sane(self.total_tokens), prompt + completion),
-            reasoning_tokens=max(before.reasoning_tokens, _sane(of_completion.reasoning_tokens)),
-            cached_tokens=max(before.cached_tokens, _sane(of_prompt.cached_tokens)),
+            reasoning_tokens=max(before.reasoning_tokens, reasoning),
+            cached_tokens=max(before.cached_tokens, cached),
         )
 
 
@@ -161,15 +168,16 @@ def loose_usage(usage: object) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     counts = {name: _whole(value) for name, value in usage.items() if name in _COUNTS}
-    completion, prompt = usage.get("completion_tokens_details"), usage.get("prompt_tokens_details")
-    return Usage(
-        **counts,
-        completion_tokens_details=_Details(reasoning_tokens=_whole(_get(completion, "reasoning_tokens"))),
-        prompt_tokens_details=_Details(cached_tokens=_whole(_get(prompt, "cached_tokens"))),
-    )
+    details: dict[str, Any] = {name: _loose_details(usage.get(name)) for name in _DETAILS}
+    return Usage(**counts, **details)
 
 
-_COUNTS: Final = frozenset(Usage.__struct_fields__[:5])
+def _loose_details(value: object) -> _Details:
+    return _Details(**{name: _whole(_get(value, name)) for name in _Details.__struct_fields__})
+
+
+_DETAILS: Final = tuple(name for name in Usage.__struct_fields__ if name.endswith("_details"))
+_COUNTS: Final = frozenset(Usage.__struct_fields__) - {*_DETAILS}
 
 
 def _lenient_chunk(value: object) -> Chunk:

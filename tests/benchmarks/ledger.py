@@ -38,14 +38,16 @@ SETTINGS = {
 # Past days' rows, and today's of ten thousand accounts, in either database's SQL.
 FILL = """
 INSERT INTO chatnest_dailyusage
-    (day, account, tokens_used, tokens_reserved, prompt_tokens, completion_tokens, requests)
-    {many} SELECT {day}, {account}, 14, 0, 9, 5, 1 FROM n;
+    (day, account, tokens_used, tokens_reserved, prompt_tokens, completion_tokens, requests,
+     cost_used, cost_reserved, crossed)
+    {many} SELECT {day}, {account}, 14, 0, 9, 5, 1, 0, 0, 0 FROM n;
 INSERT INTO chatnest_reservation
     (id, day, payer, accounts, profile, provider, model, label, tokens, state, outcome, usage_source,
-     prompt_tokens, completion_tokens, tokens_charged, created_at, expires_at, settled_at)
+     prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, tokens_charged, error,
+     created_at, expires_at, settled_at)
     {many} SELECT {uuid}, {day}, {account}, {accounts}, 'balanced', 'default', 'gpt-4o-mini', '', 110, 'settled',
      'completed',
-     'reported', 9, 5, 14, {time}, {time}, {time} FROM n;
+     'reported', 9, 5, 0, 0, 14, '', {time}, {time}, {time} FROM n;
 INSERT INTO chatnest_ratewindow (day, account, window_start, window_seconds, count)
     {many} SELECT {day}, {account}, {time}, 60, 1 FROM n;
 """
