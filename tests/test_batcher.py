@@ -648,6 +648,22 @@ def test_a_settlement_made_where_no_loop_runs_is_settled(database: str, settled:
     assert [row.tokens_charged for row in settled()] == [50]
 
 
+def test_what_is_settled_while_the_thread_ends_is_settled(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread has looked for the last time, and who settles still sees it: at a server's end, that is the chat."""
+    hold = asyncio.run(batcher.reserve(ask()))
+    thread = batcher._thread
+    assert thread
+    join = thread.join
+
+    def settle_then(seconds: float) -> None:
+        join(seconds)
+        batcher.settle(used(hold, 50))
+
+    monkeypatch.setattr(thread, "join", settle_then)
+    batcher.close()
+    assert counters() == (50, 0, 1)
+
+
 def test_closing_twice_is_closing_once(database: str) -> None:
     do(given_back(do(ask())))
     batcher.close()
