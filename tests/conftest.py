@@ -15,6 +15,7 @@ import uvicorn
 from django.utils import timezone
 from hypothesis import settings as hypothesis_settings
 
+from chatnest import stream
 from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_MODEL, DEFAULT_PROFILES
 from chatnest.models import Calibration, Profile, Reservation
@@ -120,8 +121,9 @@ def known_model(database: str) -> Calibration:
 def client(server: uvicorn.Server, database: str, upstream: FakeUpstream, known_model: Calibration) -> Iterator[Client]:
     """An anonymous client of the real server, on each database, before the scripted upstream."""
     yield Client(port_of(server))
-    # A reader who left is forgotten by the test before the server has noticed: the next test is not to see it.
-    eventually(lambda: not server.server_state.tasks)
+    # A reader who left is forgotten by the test before the server has noticed, and an answer's end may come after its
+    # request's: the next test is not to see either.
+    eventually(lambda: not (server.server_state.tasks or stream._chats))
 
 
 @pytest.fixture
