@@ -102,6 +102,11 @@ def port_of(server: uvicorn.Server) -> int:
     return int(server.servers[0].sockets[0].getsockname()[1])
 
 
+def is_at_rest(server: uvicorn.Server) -> bool:
+    """A story's end: the next one is not to see a request whose reader has left, nor an answer that outlives it."""
+    return not (server.server_state.tasks or stream._chats)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[uvicorn.Server]:
     with served(application) as server:
@@ -121,9 +126,7 @@ def known_model(database: str) -> Calibration:
 def client(server: uvicorn.Server, database: str, upstream: FakeUpstream, known_model: Calibration) -> Iterator[Client]:
     """An anonymous client of the real server, on each database, before the scripted upstream."""
     yield Client(port_of(server))
-    # A reader who left is forgotten by the test before the server has noticed, and an answer's end may come after its
-    # request's: the next test is not to see either.
-    eventually(lambda: not (server.server_state.tasks or stream._chats))
+    eventually(lambda: is_at_rest(server))
 
 
 @pytest.fixture
