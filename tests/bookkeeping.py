@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,6 +19,7 @@ from chatnest import ledger
 from chatnest.conf import settings
 from chatnest.errors import ChatError
 from chatnest.ledger import Hold, Operation, Reserve, Settle
+from chatnest.ledger.batcher import batcher
 from chatnest.models import Adjustment, Calibration, DailyUsage, Reservation, UsageLine
 
 Outcome, UsageSource = Reservation.Outcome, Reservation.UsageSource
@@ -105,6 +110,31 @@ def waits_for_a_lock(alias: str) -> bool:
     with connections[alias].cursor() as cursor:
         cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
         return bool(cursor.fetchone()[0])
+
+
+@asynccontextmanager
+async def busy() -> AsyncIterator[None]:
+    """The batcher's thread is at work on something else, so whatever is asked of it now has to wait."""
+    begun, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert done.wait(30)
+
+    working = asyncio.create_task(batcher.query(work))
+    await asyncio.to_thread(begun.wait, 10)
+    try:
+        yield
+    finally:
+        done.set()
+        await working
+
+
+async def waiting(*coroutines: Awaitable[Any]) -> list[asyncio.Future[Any]]:
+    """These, begun, and so far that they wait for the batcher."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    await asyncio.sleep(0)
+    return tasks
 
 
 def discrepancies() -> list[str]:

@@ -17,6 +17,7 @@ from django.utils import timezone
 from hypothesis import settings as hypothesis_settings
 from playwright.sync_api import Browser, sync_playwright
 
+from chatnest import stream
 from chatnest.ledger.batcher import batcher
 from chatnest.limits import DEFAULT_MODEL, DEFAULT_PROFILES
 from chatnest.models import Calibration, Profile, Reservation
@@ -103,6 +104,11 @@ def port_of(server: uvicorn.Server) -> int:
     return int(server.servers[0].sockets[0].getsockname()[1])
 
 
+def is_at_rest(server: uvicorn.Server) -> bool:
+    """A story's end: the next one is not to see a request whose reader has left, nor an answer that outlives it."""
+    return not (server.server_state.tasks or stream._chats)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[uvicorn.Server]:
     with served(application) as server:
@@ -122,8 +128,7 @@ def known_model(database: str) -> Calibration:
 def client(server: uvicorn.Server, database: str, upstream: FakeUpstream, known_model: Calibration) -> Iterator[Client]:
     """An anonymous client of the real server, on each database, before the scripted upstream."""
     yield Client(port_of(server))
-    # A reader who left is forgotten by the test before the server has noticed: the next test is not to see it.
-    eventually(lambda: not server.server_state.tasks)
+    eventually(lambda: is_at_rest(server))
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from chatnest.models import Account, Adjustment, DailyUsage, Reservation
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks.processes import ROOT, url_of
-from .bookkeeping import ask, counters, discrepancies, do, given_back, hold_of, used
+from .bookkeeping import ask, busy, counters, discrepancies, do, given_back, hold_of, used, waiting
 from .client import Client
 from .conftest import Configure, EditProfile, Settled, eventually, on_postgres
 from .faults import Faults
@@ -62,31 +62,6 @@ async def spied(alias: str) -> Spy:
     spy = Spy()
     await batcher.query(lambda: connections[alias].execute_wrappers.append(spy))
     return spy
-
-
-@asynccontextmanager
-async def busy() -> AsyncIterator[None]:
-    """The batcher's thread is at work on something else, so whatever is asked of it now has to wait."""
-    begun, done = threading.Event(), threading.Event()
-
-    def work() -> None:
-        begun.set()
-        assert done.wait(30)
-
-    working = asyncio.create_task(batcher.query(work))
-    await asyncio.to_thread(begun.wait, 10)
-    try:
-        yield
-    finally:
-        done.set()
-        await working
-
-
-async def waiting(*coroutines: Awaitable[Any]) -> list[asyncio.Future[Any]]:
-    """These, begun, and so far that they wait for the batcher."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    await asyncio.sleep(0)
-    return tasks
 
 
 async def give_back(*holds: Hold) -> None:
@@ -646,6 +621,22 @@ def test_a_settlement_made_where_no_loop_runs_is_settled(database: str, settled:
     hold = do(ask())
     batcher.settle(used(hold, 50))
     assert [row.tokens_charged for row in settled()] == [50]
+
+
+def test_what_is_settled_while_the_thread_ends_is_settled(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread has looked for the last time, and who settles still sees it: at a server's end, that is the chat."""
+    hold = asyncio.run(batcher.reserve(ask()))
+    thread = batcher._thread
+    assert thread
+    join = thread.join
+
+    def settle_then(seconds: float) -> None:
+        join(seconds)
+        batcher.settle(used(hold, 50))
+
+    monkeypatch.setattr(thread, "join", settle_then)
+    batcher.close()
+    assert counters() == (50, 0, 1)
 
 
 def test_closing_twice_is_closing_once(database: str) -> None:

@@ -45,7 +45,7 @@ from chatnest.models import Account, Profile
 
 from . import settings as tests_settings
 from .benchmarks import processes
-from .conftest import Configure, EditProfile, Settled, port_of, served
+from .conftest import Configure, EditProfile, Settled, eventually, is_at_rest, port_of, served
 from .facts import compared, facts, summary
 from .provider_script import ScriptedProvider
 from .reader import Reader
@@ -87,11 +87,12 @@ def tables(django_db_blocker: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def database(tables: None, configure: Configure) -> str:
+def database(tables: None, configure: Configure, server: uvicorn.Server) -> Iterator[str]:
     configure(DATABASE_ALIAS=ALIAS)
     for model in set(apps.get_app_config("chatnest").get_models()) - {Account, Profile}:
         model._default_manager.using(ALIAS).all().delete()
-    return ALIAS
+    yield ALIAS
+    eventually(lambda: is_at_rest(server))
 
 
 @pytest.mark.parametrize(("case", "address"), list(cases()))

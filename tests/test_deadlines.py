@@ -6,6 +6,7 @@ import email.utils
 import json
 import socket
 import time
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -53,7 +54,8 @@ def test_while_the_model_is_silent_the_client_hears_that_somebody_is_there(
     configure(HEARTBEAT_SECONDS=0.05)
     upstream.replies(Reply("one", "two", gate_after=point))
     with client.stream() as stream:
-        before = [stream.next() for _ in range(2 if point == 1 else 1)]
+        told = (frame for frame in iter(stream.next, None) if frame != PING)  # a slow machine has some
+        before = list(islice(told, 2 if point == 1 else 1))
         assert [stream.next() for _ in range(3)] == [PING] * 3
         upstream.release()
         after = without_pings(stream.rest())

@@ -37,7 +37,7 @@ from .client import Client
 from .conftest import Configure, EditProfile, Settled, eventually, on_sqlite, port_of, served
 from .test_call import Silent
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 90  # a server that starts takes its time on a busy machine
 OPEN = 4
 
 SITE = "project.asgi:application"

@@ -146,10 +146,12 @@ class Batcher:
 
     def close(self) -> None:
         """Settle what waits, close the connection, end the thread. A later request starts another."""
-        if thread := self._thread:
+        while thread := self._thread:
             self._queue.put(None)
             thread.join(CLOSE_SECONDS)
             self._thread, self._outage = None, Outage()
+            if not (thread.is_alive() or self._queue.empty()):  # it had ended, and who put this still saw it
+                self.start()
 
 
 batcher: Final = Batcher()
