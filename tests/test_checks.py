@@ -72,6 +72,7 @@ def test_a_key_that_is_no_setting_is_named(configure: Configure, settings: Any, 
 
 COUNTS = ["SITE_DAILY_TOKEN_LIMIT", "TRUSTED_PROXIES", "UPSTREAM_MAX_RETRIES"]
 POSITIVE_COUNTS = ["MAX_STREAMS_PER_PROCESS", "MAX_BODY_BYTES", "MIN_OUTPUT_TOKENS"]
+MONEY = ["SITE_DAILY_MONEY_LIMIT", "SITE_MONTHLY_MONEY_LIMIT"]
 SECONDS = ["HEARTBEAT_SECONDS", "MAX_STREAM_SECONDS", "FIRST_TOKEN_SECONDS", "GAP_SECONDS", "LEASE_SECONDS"]
 FLAGS = ["ALERTS", "ALLOW_ANONYMOUS", "CLIENT_SYSTEM_MESSAGES", "SHOW_REASONING"]
 TEXTS = ["OPENAI_API_KEY", "DATABASE_ALIAS"]
@@ -86,6 +87,9 @@ WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in TEXTS for value in NO_TEXT),
     *(("OPENAI_BASE_URL", value) for value in NO_ADDRESS),
     *(("ANONYMOUS_DAILY_TOKEN_LIMIT", value) for value in NO_COUNT[1:]),
+    *((name, value) for name in MONEY for value in [0.5, "five", "-1", "NaN", "Infinity", True, -1, "", [1], 10**12]),
+    *(("CURRENCY", value) for value in [None, "usd", "€", "US", "DOLLARS", 5]),
+    *(("PRICES", value) for value in [None, 5, "gpt-4o-mini", [{}]]),
     *(("PROVIDERS", value) for value in [None, 5, "azure", [{}]]),
     *((name, value) for name in ("PAYER", "PREPARE") for value in [5, ["path"], True]),
     *(("TIME_ZONE", value) for value in ["", "Mars/Olympus", "CET+1 or so", "/etc/passwd", "../UTC", "a\0b", 5]),

@@ -26,7 +26,7 @@ from chatnest import ledger
 from chatnest.errors import ChatError, DailyBudgetExceeded, InternalError, RateLimited, TooManyStreams
 from chatnest.ledger import Budget, Hold, Reserve, Reset, Stop
 from chatnest.ledger.audit import verify
-from chatnest.models import Account, Adjustment, DailyUsage, RateWindow, Reservation
+from chatnest.models import Account, Adjustment, DailyUsage, RateWindow, Reservation, UsageLine
 
 from .bookkeeping import (
     Clock,
@@ -748,6 +748,7 @@ def test_a_renewal_tells_which_streams_must_end(database: str, clock: Clock) -> 
     do(used(settled, 50))
     do(given_back(removed))
     DailyUsage.objects.using(database).update(requests=4)
+    UsageLine.objects.using(database).update(requests=2)
     row_of(removed).delete()
     clock.move(29)
     ledger.renew([live.id])

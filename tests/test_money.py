@@ -131,28 +131,22 @@ def test_a_part_of_a_millionth_is_a_whole_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "typed",
     [
-        ("SITE_DAILY_MONEY_LIMIT", 0.5),
-        ("SITE_DAILY_MONEY_LIMIT", "five"),
-        ("SITE_MONTHLY_MONEY_LIMIT", "-1"),
-        ("SITE_MONTHLY_MONEY_LIMIT", "NaN"),
-        ("SITE_MONTHLY_MONEY_LIMIT", True),
-        ("CURRENCY", "usd"),
-        ("CURRENCY", "€"),
-        ("PRICES", []),
-        ("PRICES", {"m": "0.15"}),
-        ("PRICES", {"m": {"input": "0.15"}}),
-        ("PRICES", {"m": {"input": "0.15", "output": 0.6}}),
-        ("PRICES", {"m": {"input": "0.15", "output": "-1"}}),
-        ("PRICES", {"m": {"input": "0.15", "output": "1", "cache": "1"}}),
+        "0.15",
+        {"input": "0.15"},
+        {"input": "0.15", "output": 0.6},
+        {"input": "0.15", "output": "-1"},
+        {"input": "0.15", "output": "100000000"},
+        {"input": "0.15", "output": "1", "cache": "1"},
     ],
+    ids=repr,
 )
-def test_a_wrong_amount_serves_nobody(configure: Configure, name: str, value: Any) -> None:
-    configure(**{name: value})
-    with pytest.raises(ImproperlyConfigured, match=name):
-        getattr(chatnest_settings, name)
-    assert [message.id for message in run_checks() if name in message.msg] == ["chatnest.E003"]
+def test_a_wrong_price_is_no_price_but_a_mistake(configure: Configure, typed: Any) -> None:
+    configure(PRICES={"ours": typed})
+    with pytest.raises(ImproperlyConfigured, match=r"CHATNEST\['PRICES'\]\['ours'\]"):
+        price("default", "ours", {})
+    assert [message.id for message in run_checks() if "PRICES" in message.msg] == ["chatnest.E003"]
 
 
 # What an answer cost.
@@ -316,6 +310,12 @@ def test_the_last_of_it_can_be_spent_and_never_overspent(
     assert refusal.detail == f"{who} has 0.00 USD of 0.002 USD left of the {period}; 0.00066 USD needed"
     do(used(first, 20))
     assert do(asked(money={who: limits})).output_tokens > 64
+
+
+def test_what_one_transaction_settles_and_reserves_adds_up(database: str, clock: Clock) -> None:
+    hold = do(asked(money={"user:1": MONTH}))
+    _, second, third = ledger.apply([used(hold, 110), *(asked(money={"user:1": MONTH}) for _ in range(2))])
+    assert (second.output_tokens, type(third)) == ((2000 - MOST - 20) // 10, MonthlyBudgetExceeded)
 
 
 def test_a_month_is_all_of_its_days_and_no_other(database: str, clock: Clock) -> None:
