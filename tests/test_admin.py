@@ -714,3 +714,14 @@ def test_stopping_everybody_is_a_permission_of_its_own(staff: Staff) -> None:
 
 def test_a_page_that_nobody_can_act_on_is_not_there(admin: Browser) -> None:
     assert "ratewindow" not in admin.get(reverse("admin:app_list", args=["chatnest"])).content.decode()
+
+
+def test_an_accounts_money_limit_that_would_change_nothing_is_refused(
+    admin: Browser, ada: User, configure: Configure
+) -> None:
+    configure(SITE_DAILY_MONEY_LIMIT="5")
+    site = Account.objects.get(name="site")
+    nothing = ["This would change nothing: the limit is 5.00 USD without it."]
+    assert save(admin, site, daily_money_limit="5.00") == {"daily_money_limit": nothing}
+    assert save(admin, site, daily_money_limit="4.99") == {}
+    assert save(admin, Account(name="user:35"), monthly_money_limit="100") == {}, "nothing else limits its month"

@@ -433,6 +433,19 @@ def test_an_account_of_which_nothing_is_known_has_a_page(operator: Browser, data
     assert "Nothing was decided about it by hand." in page
 
 
+def test_money_limits_stand_beside_tokens(operator: Browser, database: str, configure: Configure) -> None:
+    configure(SITE_DAILY_MONEY_LIMIT="2.00", SITE_MONTHLY_MONEY_LIMIT="30")
+    use(database, SITE, 10, cost_used=1_700_000, cost_reserved=100_000)
+    if (first := today().replace(day=1)) != today():
+        DailyUsage.objects.using(database).create(day=first, account=SITE, cost_used=5_000_000)
+    month = "6.80" if first != today() else "1.80"
+    page = text_of(operator)
+    assert "1.80 USD of 2.00 USD today" in page
+    assert f"{month} USD of 30.00 USD this month" in page
+    (site, _strangers) = Snapshot().budgets
+    assert site.share == 0.9 and site.is_high
+
+
 # Costs.
 
 

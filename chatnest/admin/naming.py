@@ -17,8 +17,10 @@ from django.utils.translation import gettext_lazy
 from ..accounts import SHARED, canonical, misnamed, normal_address, user_named
 from ..conf import today
 from ..models import Account
-from ..operators.words import number
+from ..operators.standing import money_of
+from ..operators.words import money, number
 from ..policy import DailyLimit, Policy
+from ..prices import MILLION
 from .profiles import name_the_currency, refuse_a_longer_day
 
 
@@ -51,6 +53,7 @@ class AccountForm(forms.ModelForm):
         refuse_a_longer_day(self)
         row = Account(**{"name": self.instance.name, **typed, "id": None})
         row.name = canonical(row.name)
+        self._refuse_money_without_effect(row)
         limit = daily_limit(row)
         lowered, extra, day = row.daily_token_limit, row.extra_tokens, row.extra_day or today()
         if "daily_token_limit" in self.changed_data and lowered is not None and lowered > limit.given:
@@ -63,6 +66,17 @@ class AccountForm(forms.ModelForm):
         if daily_limit(row, day) == daily_limit(Account(name=row.name, profile=row.profile, daily_token_limit=lowered)):
             self.add_error("extra_tokens", _("This would change nothing: %s, and no more may be.") % given(limit))
         return typed
+
+    def _refuse_money_without_effect(self, row: Account) -> None:
+        policy = Policy.read(SHARED)
+        for name, period in (("daily_money_limit", "daily"), ("monthly_money_limit", "monthly")):
+            typed = getattr(row, name)
+            if name not in self.changed_data or typed is None:
+                continue
+            without = Account(name=row.name, profile=row.profile)
+            limit = getattr(money_of(policy.with_row(without), row.name), period)
+            if limit is not None and typed * MILLION >= limit:
+                self.add_error(name, _("This would change nothing: the limit is %s without it.") % money(limit))
 
     def _clean_who(self, typed: dict[str, Any]) -> None:
         user = typed.pop("user", None)

@@ -82,6 +82,5 @@ def asked(page: ModelAdmin, request: HttpRequest, rows: list[Account], *, paused
 
 def answers_ending(rows: list[Account]) -> int:
     """How many answers that are written now are paid from one of these accounts."""
-    names = {row.name for row in rows}
-    open_now = Reservation.objects.using(settings.DATABASE_ALIAS).open().values_list("accounts", flat=True)
-    return sum(not names.isdisjoint(accounts) for accounts in open_now)
+    open_now = Reservation.objects.using(settings.DATABASE_ALIAS).open()
+    return len(open_now.charging([row.name for row in rows]))

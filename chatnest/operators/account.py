@@ -11,11 +11,11 @@ from django.db.models import F, Sum
 
 from ..accounts import SHARED
 from ..conf import settings, today
-from ..errors import DailyBudgetExceeded
+from ..errors import DailyBudgetExceeded, MonthlyBudgetExceeded
 from ..models import Account, Adjustment, Change, DailyUsage, Refusal, Reservation, UsageLine
 from ..policy import Policy, read_profiles
 from .actions import running
-from .standing import Standing, pays_beside
+from .standing import Standing, money_of, month_costs, pays_beside
 
 DAYS: Final = 30
 MOST_LISTED: Final = 30
@@ -59,7 +59,8 @@ def read(account: str) -> History:
     policy = Policy(read_profiles(), rows)
     refusals = list(Refusal.objects.using(alias).filter(account=account).order_by("-last_at")[:MOST_LISTED])
     open_ = running(account)
-    standings = [_standing(name, policy, rows, refusals, len(open_)) for name in names]
+    month = month_costs(policy, names)
+    standings = [_standing(name, policy, month, refusals, len(open_)) for name in names]
     changes = list(Change.objects.using(alias).filter(kind="account", subject=account)[:MOST_LISTED])
     adjustments = list(Adjustment.objects.using(alias).filter(account=account)[:MOST_LISTED])
     return History(
@@ -68,19 +69,22 @@ def read(account: str) -> History:
 
 
 def _standing(
-    account: str, policy: Policy, rows: Mapping[str, Account], refusals: Sequence[Refusal], answers: int
+    account: str, policy: Policy, month: Mapping[str, int], refusals: Sequence[Refusal], answers: int
 ) -> Standing:
     day = today()
     usage = DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(day=day, account=account).first()
     own = [row for row in refusals if row.account == account and row.day == day]
-    for_budget = sum(row.count for row in own if row.code == DailyBudgetExceeded.code)
+    budgets = DailyBudgetExceeded.code, MonthlyBudgetExceeded.code
+    for_budget = sum(row.count for row in own if row.code in budgets)
     return Standing(
         usage or DailyUsage(day=day, account=account),
         policy.daily_limit(account),
-        rows.get(account),
+        policy.accounts.get(account),
         answers,
         sum(row.count for row in own),
         for_budget,
+        money_of(policy, account),
+        month.get(account, 0),
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast
 
 from django import forms
-from django.db.models import QuerySet
 from django.utils.functional import Promise
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
@@ -104,8 +103,7 @@ def row_of(account: str) -> Account:
 
 def running(account: str) -> list[Reservation]:
     """The answers that are being written for it."""
-    rows: QuerySet[Reservation] = Reservation.objects.using(settings.DATABASE_ALIAS).open()
-    return [row for row in rows if account in row.accounts]
+    return Reservation.objects.using(settings.DATABASE_ALIAS).open().charging([account])
 
 
 class Action:

@@ -1,5 +1,7 @@
-"""What the Usage page says, read in seven queries, whatever the site's size: Django's session, user and names are three
-more."""
+"""What the Usage page says, read in seven queries, whatever the site's size; a money limit of the month costs one more.
+
+Django's session, its user, and the people's names are three beside.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from django.db.models import Case, F, OuterRef, Q, QuerySet, Subquery, Sum, Valu
 
 from ..accounts import SHARED, SITE
 from ..conf import now, settings, today
-from ..errors import DailyBudgetExceeded, UpstreamMisconfigured
+from ..errors import DailyBudgetExceeded, MonthlyBudgetExceeded, UpstreamMisconfigured
 from ..models import Account, Change, DailyUsage, Refusal, Reservation, UsageLine
 from ..policy import Policy, read_profiles
 from ..reports import Person, people
 from . import traffic
-from .standing import Standing
+from .standing import Standing, money_of, month_costs
 
 MOST_ACCOUNTS: Final = 50  # of those that used most
 MOST_RUNNING: Final = 500
@@ -85,12 +87,14 @@ class Snapshot:
         for_budget: Counter[str] = Counter()
         for row in refusals:
             refused[row.account] += row.count
-            if row.code == DailyBudgetExceeded.code:
+            if row.code in (DailyBudgetExceeded.code, MonthlyBudgetExceeded.code):
                 for_budget[row.account] += row.count
         usages = {row.account: row for row in _usage(self.day, [name for name, _ in for_budget.most_common(100)])}
         rows = _accounts(usages)
         policy = Policy(read_profiles(), rows)
         running = Counter(name for row in self.running for name in row.accounts)
+        names = list(dict.fromkeys([*SHARED, *usages, *(name for name, row in rows.items() if row.paused)]))
+        month = month_costs(policy, names)
         return {
             name: Standing(
                 usages.get(name) or DailyUsage(day=self.day, account=name),
@@ -99,8 +103,10 @@ class Snapshot:
                 running[name],
                 refused[name],
                 for_budget[name],
+                money_of(policy, name),
+                month.get(name, 0),
             )
-            for name in dict.fromkeys([*SHARED, *usages, *(name for name, row in rows.items() if row.paused)])
+            for name in names
         }
 
     def _names(self) -> set[str]:

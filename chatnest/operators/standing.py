@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 
+from django.db.models import F, Sum
 from django.utils.translation import gettext as _
 
 from ..accounts import SHARED, SITE, is_stranger
-from ..conf import moment, today
+from ..conf import moment, settings, today
 from ..ledger import day_ends
 from ..models import Account, DailyUsage
-from ..policy import DailyLimit
+from ..policy import DailyLimit, Policy
+from ..prices import MoneyLimits
 from .words import number
 
 HIGH = 0.8  # of a limit
@@ -19,14 +22,19 @@ HIGH = 0.8  # of a limit
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """``usage``: the day's row, of zeros if there is none. ``refused``: how often today. ``running``: answers now."""
+    """``usage``: the day's row, of zeros if there is none. ``refused``: how often today. ``running``: answers now.
+
+    Money is in millionths.
+    """
 
     usage: DailyUsage
     limit: DailyLimit
     row: Account | None
     running: int = 0
     refused: int = 0
-    for_budget: int = field(default=0)  # of the refused: because the day's budget was used up
+    for_budget: int = 0  # of the refused: because a budget was used up
+    money: MoneyLimits = field(default_factory=MoneyLimits)
+    month_cost: int = 0  # used and reserved, where there is a limit of the month
 
     @property
     def account(self) -> str:
@@ -60,9 +68,20 @@ class Standing:
 
     @property
     def share(self) -> float:
-        """Used of the limit; more than 1 where a limit was lowered since."""
-        committed = self.used + self.reserved
-        return committed / self.limit.in_force if self.limit.in_force else float(committed > 0)
+        """Used of the tightest limit; more than 1 where it was lowered since."""
+        shares = [_share(self.used + self.reserved, self.limit.in_force)]
+        shares += [_share(spent, limit) for _name, spent, limit in self.spent]
+        return max(shares)
+
+    @property
+    def spent(self) -> list[tuple[str, int, int]]:
+        """Of each money limit its name, what is used and reserved, and the limit."""
+        found = []
+        if self.money.daily is not None:
+            found.append((_("today"), self.usage.cost_used + self.usage.cost_reserved, self.money.daily))
+        if self.money.monthly is not None:
+            found.append((_("this month"), self.month_cost, self.money.monthly))
+        return found
 
     @property
     def is_paused(self) -> bool:
@@ -114,6 +133,31 @@ class Standing:
         ends = day_ends(today())
         at = moment()
         return at + timedelta(seconds=wait) if wait < (ends - at).total_seconds() else None
+
+
+def _share(used: int, limit: int) -> float:
+    return used / limit if limit else float(used > 0)
+
+
+def month_costs(policy: Policy, accounts: Iterable[str]) -> dict[str, int]:
+    """What those that have a money limit of the month have used and reserved of it. One query, or none."""
+    limited = [name for name in accounts if money_of(policy, name).monthly is not None]
+    if not limited:
+        return {}
+    day = today()
+    days = [day.replace(day=number) for number in range(1, day.day + 1)]
+    rows = DailyUsage.objects.using(settings.DATABASE_ALIAS).filter(day__in=days, account__in=limited).order_by()
+    spent = rows.values("account").annotate(cost=Sum(F("cost_used") + F("cost_reserved")))
+    return {account: int(cost) for account, cost in spent.values_list("account", "cost")}
+
+
+def money_of(policy: Policy, account: str) -> MoneyLimits:
+    """Its limits in money; of a payer with the profile that is forced on it, or the largest that it may choose."""
+    row = policy.accounts.get(account)
+    profile = row.profile if row else None
+    if profile is None and account not in SHARED:
+        profile = policy.profiles.get(policy.daily_limit(account).source)
+    return policy.money(account, profile)
 
 
 def reasons(limit: DailyLimit, row: Account | None, day: date | None = None) -> str:

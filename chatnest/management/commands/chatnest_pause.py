@@ -37,7 +37,6 @@ def pause(account: str, *, paused: bool) -> str:
     rows.update_or_create(name=account, defaults={"paused": paused})
     if not paused:
         return f"{who} is answered again, in every process within 5 seconds."
-    streams = Reservation.objects.using(settings.DATABASE_ALIAS).open().values_list("accounts", flat=True)
-    answers = sum(account in names for names in streams)
+    answers = len(Reservation.objects.using(settings.DATABASE_ALIAS).open().charging([account]))
     running = f"{count(answers, 'running answer')} {'ends' if answers == 1 else 'end'} within 15 seconds"
     return f"{who} is {how}{' for everybody' * (account == SITE)}. {running}."

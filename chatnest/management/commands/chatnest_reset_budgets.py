@@ -103,7 +103,7 @@ class Command(base.OperatorCommand):
 
     def mention_streams(self, day: date, accounts: Set[str]) -> None:
         rows = Reservation.objects.using(settings.DATABASE_ALIAS).open().filter(day=day)
-        held = [tokens for names, tokens in rows.values_list("accounts", "tokens") if not accounts.isdisjoint(names)]
+        held = [row.tokens for row in rows.charging(accounts)]
         if held:
             self.say(
                 f"Still reserved by {count(len(held), 'open stream')}: {count(sum(held), 'token')}. "
