@@ -30,7 +30,7 @@ from chatnest.errors import LedgerUnavailable
 from chatnest.ledger import Hold, Lesson, Reserve
 from chatnest.ledger.audit import verify
 from chatnest.ledger.batcher import batcher
-from chatnest.models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation
+from chatnest.models import Adjustment, Calibration, DailyUsage, RateWindow, Reservation, UsageLine
 from chatnest.testing import FakeUpstream, Reply
 from project.asgi import application
 
@@ -492,7 +492,7 @@ def test_a_request_that_is_cancelled_at_any_await_holds_nothing_and_is_charged_i
         assert all(charges)
         assert sum(rows.exclude(usage_source="counted").values_list("tokens_charged", flat=True)) == 0
         assert discrepancies() == []
-        for model in (Reservation, DailyUsage, RateWindow):
+        for model in (Reservation, DailyUsage, UsageLine, RateWindow):
             model._default_manager.using(database).all().delete()
 
     assert asyncio.run(story()) >= awaits

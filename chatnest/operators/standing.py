@@ -89,8 +89,8 @@ class Standing:
 
     @property
     def is_shut_out(self) -> bool:
-        """Nothing that it asks now is answered."""
-        return bool(self.limit.paused) or self.share >= 1 or (self.for_budget > 0 and self.is_high)
+        """For a reason of its own; that all are stopped is said once, above."""
+        return self.is_paused or self.share >= 1 or (self.for_budget > 0 and self.is_high)
 
     @property
     def is_high(self) -> bool:
@@ -101,8 +101,6 @@ class Standing:
         """In a word or two."""
         if self.is_paused:
             return _("paused")
-        if self.limit.paused:
-            return _("stopped: %s is paused") % self.limit.paused
         if self.is_shut_out:
             return _("used up")
         return _("above 80 %") if self.is_high else _("ok")
