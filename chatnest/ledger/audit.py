@@ -15,10 +15,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
+from operator import add
 from typing import Any, Final
 
 from django.db import models, transaction
-from django.db.models import Aggregate, CharField, Count, F, Q, QuerySet, Sum, TextField, Value
+from django.db.models import Aggregate, BigIntegerField, CharField, Count, F, Q, QuerySet, Sum, TextField, Value
 from django.db.models.functions import Cast
 
 from ..conf import now, settings
@@ -37,19 +38,19 @@ PROVEN: Final = (
     *(AT_LEAST := ("tokens_reserved", "tokens_used", "cost_reserved", "cost_used")),
     *("prompt_tokens", "completion_tokens", "requests"),
 )
-BILLED: Final = {
-    "billed_tokens": "tokens_used",
-    "billed_cost": "cost_used",
-    "billed_prompt_tokens": "prompt_tokens",
-    "billed_cached_tokens": "cached_tokens",
-    "billed_completion_tokens": "completion_tokens",
-    "billed_reasoning_tokens": "reasoning_tokens",
-    "billed_requests": "settled",
-    "billed_unpriced": "unpriced",
-}
 ALWAYS: Final = (*AT_LEAST, "billed_tokens", "billed_cost")
-# What is read of each, of which the lines have some.
+# What is read of each; and of it what the lines have, by its number.
 FACTS: Final = (*PROVEN, "cached_tokens", "reasoning_tokens", "settled", "unpriced")
+
+BILLED: Final = {
+    f"billed_{name}": FACTS.index(fact)
+    for name, fact in [
+        *(("tokens", "tokens_used"), ("cost", "cost_used"), ("requests", "settled"), ("unpriced", "unpriced")),
+        *((f"{name}_tokens", f"{name}_tokens") for name in ("prompt", "cached", "completion", "reasoning")),
+    ]
+}
+NOTHING: Final = [0] * len(FACTS)
+Sums = list[int]
 
 Kind, State = Adjustment.Kind, Reservation.State
 PRUNED: Final = Kind.PRUNED
@@ -115,33 +116,34 @@ def verify(*, repair: bool = False, progress: Progress | None = None) -> list[Di
 
 
 def _differences(day: date) -> list[Discrepancy]:
-    stored: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    proven: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    """Sums are lists of FACTS: a site has many accounts, and most of them differ in nothing."""
+    stored: dict[str, Sums] = {}
+    lines: dict[str, Sums] = {}
+    proven: dict[str, Sums] = {}
+    billed: dict[str, Sums] = {}
     pruned: set[str] = set()
     for kind, name, *sums in _read(day):
-        facts = dict(zip(FACTS, map(int, sums), strict=True))
-        counters = {field: facts[field] for field in PROVEN}
-        lines = {field: facts[fact] for field, fact in BILLED.items()}
-        match kind:
-            case "stored":
-                stored[name].update(counters)
-            case "lines":
-                stored[name].update(lines)
-            case "charged":
-                for account in json.loads(name):
-                    proven[account].update(counters | lines)
-            case Kind.FORGIVEN | Kind.GRANTED:
-                proven[name].update(counters)
-            case _:
-                proven[name].update(counters | lines)
-        if kind == PRUNED:
-            pruned.add(name)
-    return [
-        Discrepancy(day, account, field, stored[account][field], proven[account][field])
-        for account in sorted(stored.keys() | proven.keys())
-        for field in (ALWAYS if account in pruned else (*PROVEN, *BILLED))
-        if stored[account][field] != proven[account][field]
-    ]
+        if kind == "stored":
+            stored[name] = sums
+        elif kind == "lines":
+            lines[name] = sums
+        else:
+            accounts = json.loads(name) if kind == "charged" else [name]
+            for account in accounts:
+                proven[account] = [*map(add, proven.get(account, NOTHING), sums)]
+                if kind not in (Kind.FORGIVEN, Kind.GRANTED):
+                    billed[account] = [*map(add, billed.get(account, NOTHING), sums)]
+            if kind == PRUNED:
+                pruned.add(name)
+    found = []
+    for account in sorted(stored.keys() | lines.keys() | proven.keys()):
+        counters = zip(PROVEN, stored.get(account, NOTHING), proven.get(account, NOTHING), strict=False)
+        its, theirs = (sums.get(account, NOTHING) for sums in (lines, billed))
+        all_lines = ((field, its[fact], theirs[fact]) for field, fact in BILLED.items())
+        for field, was, computed in (*counters, *all_lines):
+            if was != computed and (account not in pruned or field in ALWAYS):
+                found.append(Discrepancy(day, account, field, int(was), int(computed)))
+    return found
 
 
 def _read(day: date) -> Iterator[tuple[Any, ...]]:
@@ -181,7 +183,8 @@ def _facts(known: Collection[str], prefix: str = "") -> list[Any]:
 
 def _sums(rows: QuerySet[Any], **sums: Aggregate) -> QuerySet[Any]:
     """``rows`` of a kind and a name, grouped by these, and FACTS of each."""
-    summed = rows.annotate(**{f"sum_{fact}": its for fact, its in sums.items()})
+    # PostgreSQL adds bigints up to numerics, which Python reads and adds slowly.
+    summed = rows.annotate(**{f"sum_{fact}": Cast(its, BigIntegerField()) for fact, its in sums.items()})
     listed: QuerySet[Any] = summed.values_list("kind", "name", *_facts(sums, "sum_"))
     return listed
 
