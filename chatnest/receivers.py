@@ -27,6 +27,7 @@ BEFORE: Final = "_chatnest_before"  # on the instance, from before a save until 
 
 @receiver([post_save, post_delete], sender=Profile)
 @receiver([post_save, post_delete], sender=Account)
+@receiver([post_save, post_delete], sender=Price)
 def forget_policy(using: str, **kwargs: Any) -> None:
     transaction.on_commit(batcher.forget_policy, using=using)
 

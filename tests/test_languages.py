@@ -273,12 +273,12 @@ def test_an_operator_reads_the_admin_in_spanish(operator: Browser) -> None:
         "Cuentas",
         "Estado",
         "Vigente hoy",
-        "Límite diario de tokens",
         "<strong>En pausa</strong>",
         ">Activa<",
     ):
         assert words in listed
     assert "500\xa0000 (500\xa0000 según SITE_DAILY_TOKEN_LIMIT)" in listed
+    assert "Límite diario de tokens" in operator.get(reverse("admin:chatnest_account_add")).content.decode()
     form = operator.get(reverse("admin:chatnest_profile_add")).content.decode()
     for words in ("La respuesta más larga.", "Máx. de mensajes (vigente):", "Usuarios con sesión iniciada"):
         assert words in form

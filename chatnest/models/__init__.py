@@ -11,8 +11,8 @@ from .change import Change
 from .price import Price
 from .profile import Profile
 from .refusal import Refusal
-from .reservation import LABEL_LENGTH, Reservation
-from .usage import DailyUsage, RateWindow, Usage, UsageLine
+from .reservation import LABEL_LENGTH, Reservation, ReservationQuerySet
+from .usage import DailyUsage, DailyUsageQuerySet, RateWindow, Usage, UsageLine
 
 __all__ = [
     "LABEL_LENGTH",
@@ -21,11 +21,13 @@ __all__ = [
     "Calibration",
     "Change",
     "DailyUsage",
+    "DailyUsageQuerySet",
     "Price",
     "Profile",
     "RateWindow",
     "Refusal",
     "Reservation",
+    "ReservationQuerySet",
     "Usage",
     "UsageLine",
 ]

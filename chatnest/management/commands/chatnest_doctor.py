@@ -19,6 +19,7 @@ from chatnest.ledger.batcher import batcher
 from chatnest.limits import clamp, hard_caps
 from chatnest.models import Calibration, Profile, Reservation
 from chatnest.policy import Policy, Terms
+from chatnest.reports import currency, money
 from chatnest.slots import StreamSlot
 from chatnest.views import open_stream
 from chatnest.wires import ChatRequest, Message
@@ -117,6 +118,10 @@ class Command(OperatorCommand):
             f"  It cost {row.tokens_charged:,} tokens ({row.prompt_tokens:,} of the prompt, "
             f"{row.completion_tokens:,} of the answer), {'as reported' if reported else 'for nothing was reported'}."
         )
+        priced = row.cost is not None
+        self.say(
+            f"  That is {money(row.cost or 0)} {currency()}." if priced else "  Its price is not known: set PRICES."
+        )
         if known and known.bills_what_it_shows:
             self.say("  It reports usage: answers that readers leave are charged for what was received.")
         else:
@@ -161,4 +166,5 @@ def _terms(profile: Profile, policy: Policy) -> Terms:
         system_prompt="",
         limits=replace(limits, max_output_tokens=min(MOST_TOKENS, limits.max_output_tokens)),
         budgets={PAYER: limits.daily_token_limit, SITE: policy.daily_limit(SITE).in_force},
+        prices=policy.prices,
     )
