@@ -280,7 +280,7 @@ def test_an_operator_reads_the_admin_in_spanish(operator: Browser) -> None:
     assert "500\xa0000 (500\xa0000 según SITE_DAILY_TOKEN_LIMIT)" in listed
     assert "Límite diario de tokens" in operator.get(reverse("admin:chatnest_account_add")).content.decode()
     form = operator.get(reverse("admin:chatnest_profile_add")).content.decode()
-    for words in ("La respuesta más larga.", "Máx. de mensajes (vigente):", "Usuarios con sesión iniciada"):
+    for words in ("La respuesta más larga, en tokens.", "Máx. de mensajes (vigente):", "Usuarios con sesión iniciada"):
         assert words in form
     assert "escriba" in form
     problem = operator.post(reverse("admin:chatnest_account_add"), {"name": "Site"}).content.decode()

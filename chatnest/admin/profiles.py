@@ -47,16 +47,6 @@ def refuse_a_longer_day(form: forms.ModelForm) -> None:
 class ProfileForm(forms.ModelForm):
     """Refuses a limit that would be saved with success and change nothing."""
 
-    class Meta:
-        help_texts = {
-            "max_output_tokens": gettext_lazy("The longest answer, in tokens."),
-            "daily_token_limit": gettext_lazy("Tokens, for each payer, each day."),
-            "max_tokens_per_request": gettext_lazy(
-                "Tokens of prompt and answer together; must be above the longest answer."
-            ),
-            "rate_window_seconds": gettext_lazy("How long a rate window is, in seconds."),
-        }
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         choose_provider(self)

@@ -74,7 +74,7 @@ class Profile(models.Model):
         help_text=_("Empty: not sent to the model."),
     )
     max_output_tokens = models.PositiveIntegerField(
-        _("max output tokens"), validators=[MinValueValidator(1)], help_text=_("The longest answer.")
+        _("max output tokens"), validators=[MinValueValidator(1)], help_text=_("The longest answer, in tokens.")
     )
     max_messages = models.PositiveIntegerField(
         _("max messages"),
@@ -84,9 +84,11 @@ class Profile(models.Model):
     max_tokens_per_request = models.PositiveIntegerField(
         _("max tokens per request"),
         validators=[MinValueValidator(1)],
-        help_text=_("Prompt and answer together; must be above the longest answer."),
+        help_text=_("Tokens of prompt and answer together; must be above the longest answer."),
     )
-    daily_token_limit = models.PositiveBigIntegerField(_("daily token limit"), help_text=_("For each payer, each day."))
+    daily_token_limit = models.PositiveBigIntegerField(
+        _("daily token limit"), help_text=_("Tokens, for each payer, each day.")
+    )
     daily_money_limit = models.DecimalField(
         _("daily money limit"),
         **MONEY,
@@ -100,7 +102,11 @@ class Profile(models.Model):
     rate_max_requests = models.PositiveIntegerField(
         _("rate max requests"), help_text=_("Requests of one payer in a rate window.")
     )
-    rate_window_seconds = models.PositiveIntegerField(_("rate window seconds"), validators=[MinValueValidator(1)])
+    rate_window_seconds = models.PositiveIntegerField(
+        _("rate window seconds"),
+        validators=[MinValueValidator(1)],
+        help_text=_("How long a rate window is, in seconds."),
+    )
     max_concurrent_streams = models.PositiveIntegerField(
         _("max concurrent streams"), help_text=_("Answers being written for one payer at once.")
     )
