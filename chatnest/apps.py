@@ -17,6 +17,7 @@ class ChatnestConfig(AppConfig):
 
         post_migrate.connect(receivers.deliver_rows, sender=self)
         if "django.core.asgi" in sys.modules:  # to serve, and not a command: nobody is to wait while these are loaded
-            from . import tokens, views  # noqa: F401 - views: with the openai package
+            from . import prices, tokens, views  # noqa: F401 - views: with the openai package
 
+            prices.warm_up()
             tokens.warm_up()

@@ -8,6 +8,7 @@ server that nobody else has may call its model as it likes. The list is the inst
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -131,6 +132,14 @@ def _unit_price(prompt: object, cached: object, completion: object, source: str)
 
 def _millionths(amount: object, rounding: str) -> int:
     return int((Decimal(str(amount)) * MILLION).to_integral_value(rounding))
+
+
+def warm_up() -> None:
+    """Load the list, if it is installed: a fifth of a second, so not once there are requests."""
+    with suppress(ImportError):
+        from genai_prices import data_snapshot
+
+        data_snapshot.get_snapshot()
 
 
 @lru_cache(maxsize=1000)
