@@ -18,7 +18,7 @@ from django.db import connections
 from chatnest import ledger
 from chatnest.ledger.audit import verify
 from chatnest.limits import DEFAULT_PROFILES
-from chatnest.models import Adjustment, DailyUsage, Profile, RateWindow, Reservation
+from chatnest.models import Adjustment, DailyUsage, Profile, RateWindow, Reservation, UsageLine
 from chatnest.testing import FakeUpstream, Reply
 
 from .benchmarks import processes
@@ -104,7 +104,7 @@ def four(database: str) -> Iterator[Cluster]:
 def cluster(four: Cluster, configure: Configure) -> Iterator[Cluster]:
     configure(DATABASE_ALIAS=ALIAS, LEASE_SECONDS=LEASE)
     four.upstream.reset()
-    for model in (Reservation, Adjustment, DailyUsage, RateWindow):
+    for model in (Reservation, Adjustment, DailyUsage, UsageLine, RateWindow):
         model._default_manager.using(ALIAS).all().delete()
     yield four
     four.upstream.release()

@@ -25,7 +25,7 @@ from django.core.management import call_command
 from django.db import connections
 
 from chatnest.ledger.audit import verify
-from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
+from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation, UsageLine
 from chatnest.testing import FakeUpstream, Reply
 from project.env import database as named_by_environment
 
@@ -131,13 +131,14 @@ def site(database: Database, serving: tuple[FakeUpstream, processes.Serving], co
     """The real server, in good health; each story leaves it so."""
     configure(DATABASE_ALIAS=ALIAS)
     upstream, server = serving
-    for model in (Reservation, Adjustment, DailyUsage, RateWindow):
+    for model in (Reservation, Adjustment, DailyUsage, UsageLine, RateWindow):
         model._default_manager.using(ALIAS).all().delete()
     site = Site(database, upstream, Client(server.port), server.log)
     site.answers_again()
     site.settled()
     Reservation.objects.using(ALIAS).all().delete()
     DailyUsage.objects.using(ALIAS).all().delete()
+    UsageLine.objects.using(ALIAS).all().delete()
     upstream.reset()
     yield site
     connections[ALIAS].close()

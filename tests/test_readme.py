@@ -262,7 +262,7 @@ def test_a_webhook_is_posted_to(settings: Any, database: str) -> None:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "webhook"}
     exec(WEBHOOK, names)
     with HTTPServer(("127.0.0.1", 0), Room) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

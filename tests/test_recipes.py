@@ -21,7 +21,6 @@ from chatnest.testing import FakeUpstream, Reply
 from .benchmarks.processes import free_port, serving
 from .client import Answer, Client
 from .test_demo import log_in
-from .test_page import browser as browser  # the fixture
 from .test_readme import CORS, JWT, OAUTH, PAYER, Site
 
 PEOPLE = """

@@ -26,7 +26,7 @@ from chatnest.ledger import Hold
 from chatnest.ledger.batcher import batcher
 from chatnest.ledger.bulk import run
 from chatnest.limits import profile_name
-from chatnest.models import Adjustment, DailyUsage, RateWindow, Refusal, Reservation
+from chatnest.models import Adjustment, DailyUsage, RateWindow, Refusal, Reservation, UsageLine
 from chatnest.policy import Policy, Terms
 from chatnest.refusals import Refusals
 from chatnest.testing import FakeUpstream, Reply
@@ -236,7 +236,7 @@ def test_nobody_is_refused_from_memory_whom_the_ledger_would_admit(
 
 
 def clear_ledger() -> None:
-    for model in (Adjustment, DailyUsage, RateWindow, Reservation):
+    for model in (Adjustment, DailyUsage, UsageLine, RateWindow, Reservation):
         model.objects.all().delete()
 
 
