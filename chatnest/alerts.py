@@ -116,7 +116,7 @@ def _about(facts: dict[str, Any]) -> list[str]:
 def _mail(subject: str, paragraphs: Sequence[str]) -> None:
     """To ADMINS; to nobody where there are none."""
     try:
-        where = [_("In the admin: %s") % reverse("admin:app_list", args=["chatnest"])]
+        where = [_("In the admin: %s") % reverse("admin:chatnest_usage_changelist")]
     except NoReverseMatch:  # the site has none
         where = []
     mail_admins(subject, "\n\n".join([*paragraphs, *where]) + "\n")

@@ -79,7 +79,7 @@ def test_the_site_is_mailed_about_at_80_and_100_percent(database: str) -> None:
     assert "up to SITE_DAILY_TOKEN_LIMIT of the settings" in full.body
     assert commands(full.body) == ["chatnest_grant", "chatnest_usage", "chatnest_stop"]
     assert get_commands().keys() >= set(commands(full.body))
-    assert full.body.endswith("In the admin: /admin/chatnest/\n")
+    assert full.body.endswith("In the admin: /admin/chatnest/usage/\n")
 
 
 def test_strangers_are_and_a_single_user_is_not(database: str) -> None:

@@ -16,9 +16,10 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from chatnest import ledger
-from chatnest.ledger import Hold, Operation, Reset, Settle, Stop, audit, transactions
-from chatnest.ledger.audit import Discrepancy, Pruned, prune, verify
+from chatnest.ledger import Hold, Operation, Reset, Settle, Stop, audit, pruning, transactions
+from chatnest.ledger.audit import Discrepancy, verify
 from chatnest.ledger.book import Book
+from chatnest.ledger.pruning import Pruned, prune
 from chatnest.models import Adjustment, DailyUsage, RateWindow, Reservation
 
 from .bookkeeping import Clock, Outcome, UsageSource, ask, counters, discrepancies, do, row_of, used, waits_for_a_lock
@@ -190,7 +191,7 @@ def test_repair_charges_the_leases_of_the_dead(open_hold: Hold, clock: Clock, ro
 
 
 def test_repair_charges_them_all(database: str, clock: Clock, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "BATCH", 2)
+    monkeypatch.setattr(audit, "MOST_OVERDUE", 2)
     apply(ask() for _ in range(5))
     clock.move(31)
     assert verify(repair=True) == []
@@ -368,7 +369,7 @@ def test_a_reservation_that_its_day_learns_of_too_late_is_kept(
     database: str, clock: Clock, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its process looked at the clock before midnight, and commits after the prune has looked at that day."""
-    monkeypatch.setattr(audit, "BATCH", 1)
+    monkeypatch.setattr(pruning, "BATCH", 1)
     clock.set("2026-11-22T23:59:59+00:00")
     apply(used(hold, 20) for hold in apply([ask(), ask()]))
     late: list[Hold] = []
@@ -549,7 +550,7 @@ def test_wherever_it_is_interrupted_everything_is_proven(
 ) -> None:
     """At each of its statements in turn, until one run comes through."""
     do(used(open_hold, 44))
-    monkeypatch.setattr(audit, "BATCH", 2)
+    monkeypatch.setattr(pruning, "BATCH", 2)
     before = snapshot(rows)
     clock.set(LATER)
     for statements in range(1, 1000):
@@ -585,7 +586,7 @@ def after(statements: int) -> Callable[..., Any]:
 def test_two_prunes_and_late_settlements_at_once(
     database: str, clock: Clock, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "BATCH", 7)
+    monkeypatch.setattr(pruning, "BATCH", 7)
     holds = apply(ask(f"user:{number % 10}", limit=10**6, site=10**6) for number in range(100))
     clock.set(LATER)
     ledger.expire_overdue()

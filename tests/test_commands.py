@@ -19,7 +19,7 @@ from django.db import OperationalError
 from django.utils import timezone
 
 from chatnest import ledger
-from chatnest.ledger import Hold, Reset, audit
+from chatnest.ledger import Hold, Reset, audit, pruning
 from chatnest.management import base
 from chatnest.management.commands import chatnest_reset_budgets
 from chatnest.models import Account, Adjustment, Change, DailyUsage, Refusal, Reservation, UsageLine
@@ -337,7 +337,7 @@ def test_old_refusals_go_and_what_people_did_stays(
     database: str, manage: Manage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "PROGRESS_SECONDS", 0)
-    monkeypatch.setattr(audit, "BATCH", 2)
+    monkeypatch.setattr(pruning, "BATCH", 2)
     for day in (19, 20, 21, 22):
         at = timezone.now().replace(day=day)
         Refusal.objects.using(database).create(

@@ -316,6 +316,7 @@ def test_more_is_given_for_today_and_never_above_the_caps(
 ) -> None:
     configure(HARD_CAPS={"daily_token_limit": 250_000})
     assert "Today's limit of user:1 is 250,000 tokens now." in told(do(operator, "grant", "user:1", tokens=90_000))
+    assert "(200,000 by expanded, 90,000 more today, capped by the code)" in text_of(operator, "account", name="user:1")
     page = told(do(operator, "grant", "user:1", tokens=0))
     assert "greater than or equal to 1" in page
     configure(HARD_CAPS={"daily_token_limit": 200_000})

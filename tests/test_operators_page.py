@@ -15,7 +15,7 @@ from chatnest.models import Account, DailyUsage, Refusal, Reservation, UsageLine
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import Client
-from .conftest import on_sqlite
+from .conftest import Configure, on_sqlite
 from .test_operators import hold
 
 pytestmark = on_sqlite
@@ -99,8 +99,9 @@ def on_call(page: Page, client: Client) -> OnCall:
 
 
 def test_the_thirteen_jobs_in_four_clicks_at_most(
-    on_call: OnCall, client: Client, upstream: FakeUpstream, ada: User
+    on_call: OnCall, client: Client, upstream: FakeUpstream, ada: User, configure: Configure
 ) -> None:
+    configure(LEASE_SECONDS=3)  # a third of it, and whoever writes an answer knows that it was stopped
     account = f"user:{ada.pk}"
 
     # 1. Is something wrong now? It is the page itself.
@@ -180,6 +181,7 @@ def test_the_thirteen_jobs_in_four_clicks_at_most(
         on_call.press("End it")
         on_call.sees("The answer ends within 15 seconds.")
         assert Reservation.objects.latest("created_at").outcome == "stopped"
+        assert story.until("error")[1]["code"] == "paused"
 
     # 12. What do we owe this month, by model and by whom; and a CSV of it.
     on_call.start()

@@ -4,10 +4,11 @@ Its files:
 
     operations, charges      what it can be asked; what an answer costs
     decisions, leases        how it decides; what a crash does. ``days``: when a budget is renewed
+    money, lines             limits in money; the lines of a bill
     transactions             all or nothing, again where another was in the way
     book, rows, statements   one transaction's rows. ``bulk``: many in few statements
     batcher                  its async door; ``worker`` the thread behind it, ``jobs`` what waits, ``outage`` the log's
-    audit                    proving, mending, pruning
+    audit, mending, pruning  proving, mending, forgetting old days
 """
 
 from .days import day_ends, today

@@ -166,8 +166,11 @@ def reasons(limit: DailyLimit, row: Account | None, day: date | None = None) -> 
             told.append(_("profile forced"))
         if row.daily_token_limit is not None and row.daily_token_limit < limit.given:
             told.append(_("lowered to %s") % number(row.daily_token_limit))
+        lowered = limit.given if row.daily_token_limit is None else min(limit.given, row.daily_token_limit)
         if extra := row.extra_on(day or today()):
             told.append(_("%s more today") % number(extra))
+            if limit.in_force < lowered + extra:
+                told.append(_("capped by the code"))
     return ", ".join(map(str, told))
 
 

@@ -7,7 +7,8 @@ from django.core.management.base import CommandParser
 
 from chatnest import ledger
 from chatnest.conf import settings
-from chatnest.ledger import audit
+from chatnest.ledger import pruning
+from chatnest.ledger.audit import Progress
 from chatnest.models import Refusal
 
 from ..base import OperatorCommand, count, days_earlier, positive
@@ -29,7 +30,7 @@ class Command(OperatorCommand):
     def run(self, *args: Any, days: int, dry_run: bool, **options: Any) -> None:
         before = days_earlier(ledger.today(), days - 1)
         progress = self.progress
-        pruned = audit.prune(before, dry_run=dry_run, progress=progress)
+        pruned = pruning.prune(before, dry_run=dry_run, progress=progress)
         refusals = prune_refusals(before, dry_run=dry_run, progress=progress)
         self.say(
             f"{'Would delete' if dry_run else 'Deleted'} {count(pruned.reservations, 'reservation')}, "
@@ -40,13 +41,13 @@ class Command(OperatorCommand):
             self.say(f"Left {day} for another time: reservations of that day may still be settled.")
 
 
-def prune_refusals(before: date, *, dry_run: bool, progress: audit.Progress | None) -> int:
+def prune_refusals(before: date, *, dry_run: bool, progress: Progress | None) -> int:
     """How many rows; each batch is a transaction of its own."""
     rows = Refusal.objects.using(settings.DATABASE_ALIAS).filter(day__lt=before).order_by()
     if dry_run:
         return rows.count()
     deleted = 0
-    while batch := list(rows.values_list("pk", flat=True)[: audit.BATCH]):
+    while batch := list(rows.values_list("pk", flat=True)[: pruning.BATCH]):
         deleted += rows.filter(pk__in=batch).delete()[0]
         if progress:
             progress(count(deleted, "refusal"))
