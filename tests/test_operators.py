@@ -429,9 +429,16 @@ def test_one_accounts_page_says_what_is_in_force_and_why(operator: Browser, data
     assert "Completed 300 Reported" in page
 
 
-def test_an_account_of_which_nothing_is_known_has_a_page(operator: Browser, database: str) -> None:
-    page = text_of(operator, "account", name="team:red")
+def test_a_slip_in_a_name_is_said_and_pauses_nobody(operator: Browser, database: str) -> None:
+    page = text_of(operator, "account", name="sites")
     assert "Nothing was decided about it by hand." in page
+    problem = "No request is charged to sites. Did you mean site?"
+    assert problem in page
+    assert problem in told(do(operator, "pause", "sites"))
+    assert not Account.objects.using(database).filter(name="sites").exists()
+    use(database, "sites", 10)  # a tenant of that name
+    assert problem not in text_of(operator, "account", name="sites")
+    assert "Paused: sites." in told(do(operator, "pause", "sites"))
 
 
 def test_money_limits_stand_beside_tokens(operator: Browser, database: str, configure: Configure) -> None:

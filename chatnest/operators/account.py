@@ -51,6 +51,11 @@ class History:
     changes: Sequence[Change]
     adjustments: Sequence[Adjustment]
 
+    @property
+    def is_known(self) -> bool:
+        """It has a row, or was charged in these days."""
+        return bool(self.standing.row or self.month.used)
+
 
 def read(account: str) -> History:
     alias = settings.DATABASE_ALIAS

@@ -283,9 +283,13 @@ ACTIONS: Final[Mapping[str, Action]] = {
 
 
 def save(account: str, **changes: Any) -> Account:
-    """Save these fields of its row, which is made if there is none. Raises what the database raises."""
+    """Save these fields of its row, which is made if there is none.
+
+    Raises ValidationError where no request is charged to that name: it would look like a success.
+    """
     row = row_of(account)
     for field, value in changes.items():
         setattr(row, field, value)
+    row.full_clean()
     row.save(using=settings.DATABASE_ALIAS)
     return row

@@ -9,7 +9,7 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from django.contrib import admin, messages
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.db import connections, transaction
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.http.response import HttpResponseBase
@@ -21,7 +21,7 @@ from django.utils.translation import gettext as _
 from django.views.decorators.http import require_GET, require_POST
 
 from .. import ledger
-from ..accounts import SITE, canonical
+from ..accounts import SITE, canonical, misnamed
 from ..changes import acting
 from ..conf import moment, settings, today
 from ..models import Reservation, Usage
@@ -117,6 +117,7 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             title=person[name].name if name in person else name,
             name=name,
             history=history,
+            problem=None if history.is_known else misnamed(name),
             chart=stacked(month.days, {"": month.used}, number),
             people=person,
         )
@@ -177,10 +178,11 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         if not url_has_allowed_host_and_scheme(back, {request.get_host()}, request.is_secure()):
             back = reverse("admin:chatnest_usage_changelist")
         if request.method == "POST" and form.is_valid():
-            actor = request.user.get_username()
-            with acting(actor, form.cleaned_data["reason"]):
-                self.message_user(request, asked.do(target, form.cleaned_data, actor), messages.SUCCESS)
-            return HttpResponseRedirect(back)
+            try:
+                self.message_user(request, _do(request, asked, target, form.cleaned_data), messages.SUCCESS)
+                return HttpResponseRedirect(back)
+            except ValidationError as error:
+                form.add_error(None, error.messages)
         title = str(asked.title)
         return self.page(
             request,
@@ -243,6 +245,13 @@ def _asked(period: Period) -> dict[str, str]:
 
 def _may(request: HttpRequest, action: Action) -> bool:
     return request.user.has_perm(f"chatnest.{action.permission}")
+
+
+def _do(request: HttpRequest, action: Action, target: Target, typed: dict[str, Any]) -> str:
+    """What was changed. Raises ValidationError."""
+    actor = request.user.get_username()
+    with acting(actor, typed["reason"]):
+        return action.do(target, typed, actor)
 
 
 def _target(request: HttpRequest) -> Target:
