@@ -725,3 +725,14 @@ def test_an_accounts_money_limit_that_would_change_nothing_is_refused(
     assert save(admin, site, daily_money_limit="5.00") == {"daily_money_limit": nothing}
     assert save(admin, site, daily_money_limit="4.99") == {}
     assert save(admin, Account(name="user:35"), monthly_money_limit="100") == {}, "nothing else limits its month"
+
+
+def test_a_profile_says_what_its_model_costs_and_who_says_so(admin: Browser, configure: Configure) -> None:
+    row = Profile.objects.get(name="balanced")
+    configure(CURRENCY="EUR")
+    assert "not known: its answers are unpriced" in page(admin, "profile_change", row.pk)
+    configure(PRICES={"gpt-4o-mini": {"input": "0.15", "output": "0.60"}})
+    told = "a million tokens of the prompt 0.15 EUR, cached 0.15 EUR, of the answer 0.60 EUR (by PRICES)"
+    assert told in page(admin, "profile_change", row.pk)
+    Price.objects.create(model="gpt-4o-mini", input=1, cached_input="0.1", output=2)
+    assert "1.00 EUR, cached 0.10 EUR, of the answer 2.00 EUR (by admin)" in page(admin, "profile_change", row.pk)

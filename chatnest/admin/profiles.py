@@ -17,7 +17,8 @@ from django.utils.translation import gettext_lazy, pgettext
 from ..conf import provider_names
 from ..limits import FIELDS, clamp, hard_caps
 from ..models import Profile
-from ..operators.words import number
+from ..operators.words import money, number
+from ..policy import Policy
 from ..reports import currency
 from .columns import columns
 from .pages import Page
@@ -92,9 +93,9 @@ class ProfileAdmin(Page):
                 ),
             },
         ),
-        (gettext_lazy("Money"), {"fields": MONEY}),
+        (gettext_lazy("Money"), {"fields": ("price", *MONEY)}),
     )
-    readonly_fields = tuple(f"{name}_in_force" for name in FIELDS)
+    readonly_fields = ("price", *(f"{name}_in_force" for name in FIELDS))
 
     def locked(self, request: HttpRequest, obj: Profile | None = None) -> Collection[str]:
         return ("name",) if obj and obj.is_delivered else ()
@@ -111,6 +112,25 @@ class ProfileAdmin(Page):
                 "allowed": number(getattr(hard_caps(), name)),
             }
             self.message_user(request, text, messages.WARNING)
+
+    @admin.display(description=gettext_lazy("price"))
+    def price(self, profile: Profile) -> str:
+        """Of its model, and who says so."""
+        if profile._state.adding:
+            return "-"
+        known = Policy.read().prices.get((profile.provider, profile.model))
+        if known is None:
+            return _("not known: its answers are unpriced")
+        facts = {
+            "input": money(known.input),
+            "cached": money(known.cached_input),
+            "output": money(known.output),
+            "source": known.source,
+        }
+        return (
+            _("a million tokens of the prompt %(input)s, cached %(cached)s, of the answer %(output)s (by %(source)s)")
+            % facts
+        )
 
     @admin.display(description=gettext_lazy("state"), ordering="enabled")
     def state(self, profile: Profile) -> SafeString:
