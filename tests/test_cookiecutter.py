@@ -255,12 +255,18 @@ def test_an_operator_pauses_the_site_under_its_policy(site: Site, running: Servi
         operator.submit("/admin/login/", username="operator@example.com", password=PASSWORD)
     listed = operator.open("/admin/chatnest/account/?q=site")
     (change,) = re.findall(r'href="(/admin/chatnest/account/\d+/change/)[^"]*">site<', listed)
-    for page in ("/admin/chatnest/profile/1/change/", "/admin/chatnest/reservation/", change):
+    usage = "/admin/chatnest/usage/"
+    pages = ("/admin/chatnest/profile/1/change/", "/admin/chatnest/reservation/", change)
+    for page in (*pages, usage, f"{usage}costs/", f"{usage}account/?name=site", f"{usage}do/stop/"):
         html = re.sub(r'<div id="djDebug".*|<script[^>]*djdt.*', "", operator.open(page), flags=re.DOTALL)
         assert not re.findall(r"<style|\sstyle=|\son\w+=|<script(?![^>]*src=)(?![^>]*application/json)", html), page
     operator.submit(change, name="site", paused="on")
     eventually(lambda: (refused := browser.chat()).status == 503 and refused.json["code"] == "paused")
     operator.submit(change, name="site")
+    eventually(lambda: browser.chat().status == 200)
+    assert "The chat is stopped." in operator.submit(f"{usage}do/stop/", reason="drill")
+    eventually(lambda: browser.chat().status == 503)
+    assert "drill" in operator.submit(f"{usage}do/start/")
     eventually(lambda: browser.chat().status == 200)
 
 
