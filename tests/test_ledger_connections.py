@@ -16,8 +16,9 @@ from psycopg import IsolationLevel
 
 from chatnest import ledger
 from chatnest.ledger import Hold, Lesson, Reset, transactions
-from chatnest.ledger.audit import prune, verify
+from chatnest.ledger.audit import verify
 from chatnest.ledger.batcher import Batcher, batcher
+from chatnest.ledger.pruning import prune
 from chatnest.ledger.transactions import is_bug, is_conflict, is_outage
 from chatnest.models import Calibration, Reservation
 

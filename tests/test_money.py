@@ -18,7 +18,8 @@ from chatnest import ledger, signals
 from chatnest.conf import settings as chatnest_settings
 from chatnest.errors import DailyBudgetExceeded, MonthlyBudgetExceeded, PriceUnknown
 from chatnest.ledger import Hold, Reserve, Reset, Stop
-from chatnest.ledger.audit import prune, verify
+from chatnest.ledger.audit import verify
+from chatnest.ledger.pruning import prune
 from chatnest.models import Account, Adjustment, DailyUsage, Price, Reservation, UsageLine
 from chatnest.policy import Policy
 from chatnest.prices import MoneyLimits, UnitPrice, price, shown

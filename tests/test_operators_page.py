@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -181,7 +182,7 @@ def test_the_thirteen_jobs_in_four_clicks_at_most(
         on_call.press("End it")
         on_call.sees("The answer ends within 15 seconds.")
         assert Reservation.objects.latest("created_at").outcome == "stopped"
-        assert story.until("error")[1]["code"] == "paused"
+        assert json.loads(story.until("error")[1])["code"] == "paused"
 
     # 12. What do we owe this month, by model and by whom; and a CSV of it.
     on_call.start()
