@@ -39,6 +39,8 @@ def ada(database: str) -> User:
 
 @pytest.fixture
 def operator(database: str) -> Browser:
+    User.objects.create_user("one", pk=1)
+    User.objects.create_user("two", pk=2)
     browser = Browser()
     browser.force_login(User.objects.create_superuser("operator"))
     return browser
@@ -304,7 +306,7 @@ def test_a_day_is_forgiven_and_what_is_owed_stays(operator: Browser, database: s
     asked = told(operator.get(f"{reverse('admin:chatnest_usage_do', args=['forgive'])}?name=user:1"))
     assert "5,000 tokens no longer count against its day" in asked
     assert "The day's budget of site stays as it is." in asked
-    assert "Forgiven: 5,000 tokens of user:1." in told(do(operator, "forgive", "user:1", reason="sorry"))
+    assert "Forgiven: 5,000 tokens of one." in told(do(operator, "forgive", "user:1", reason="sorry"))
     row = Adjustment.objects.using(database).get()
     assert (row.tokens, row.reason, row.actor) == (-5000, "sorry", "operator")
     assert "(5,000 forgiven)" in text_of(operator)
@@ -315,7 +317,7 @@ def test_more_is_given_for_today_and_never_above_the_caps(
     operator: Browser, database: str, configure: Configure
 ) -> None:
     configure(HARD_CAPS={"daily_token_limit": 250_000})
-    assert "Today's limit of user:1 is 250,000 tokens now." in told(do(operator, "grant", "user:1", tokens=90_000))
+    assert "Today's limit of one is 250,000 tokens now." in told(do(operator, "grant", "user:1", tokens=90_000))
     assert "(200,000 by expanded, 90,000 more today, capped by the code)" in text_of(operator, "account", name="user:1")
     page = told(do(operator, "grant", "user:1", tokens=0))
     assert "greater than or equal to 1" in page
@@ -326,11 +328,11 @@ def test_more_is_given_for_today_and_never_above_the_caps(
 
 
 def test_a_limit_is_lowered_and_taken_back(operator: Browser, database: str) -> None:
-    assert "The daily limit of user:1 is 500 tokens now." in told(do(operator, "lower", "user:1", tokens=500))
+    assert "The daily limit of one is 500 tokens now." in told(do(operator, "lower", "user:1", tokens=500))
     assert "(200,000 by expanded, lowered to 500)" in text_of(operator, "account", name="user:1")
     page = told(do(operator, "lower", "user:1", tokens=200_000))
     assert "This would change nothing: the limit is 200,000 tokens without it." in page
-    assert "The daily limit of user:1 is 200,000 tokens now." in told(do(operator, "lower", "user:1"))
+    assert "The daily limit of one is 200,000 tokens now." in told(do(operator, "lower", "user:1"))
 
 
 def test_everything_done_is_recorded_with_old_and_new_values(operator: Browser, database: str) -> None:
