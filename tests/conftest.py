@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
 
+import django
 import pytest
 import uvicorn
 from django.utils import timezone
@@ -29,6 +30,9 @@ from .client import Client
 
 hypothesis_settings.register_profile("shared machine", deadline=None)
 hypothesis_settings.load_profile("shared machine")
+
+# ADMINS: https://docs.djangoproject.com/en/6.0/ref/settings/#admins
+OPERATORS: Any = ["grace@example.com"] if django.VERSION >= (6, 0) else [("Grace", "grace@example.com")]
 
 Configure = Callable[..., None]
 Settled = Callable[[], list[Reservation]]

@@ -9,6 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import django
+
 # Whatever the developer's own environment says.
 os.environ.update(DEBUG="on", OPENAI_API_KEY="sk-tests", DATABASE_URL="sqlite:///db.sqlite3")
 for _name in ("OPENAI_BASE_URL", "CHATNEST_ALLOW_ANONYMOUS", "HTTPS"):
@@ -41,3 +43,6 @@ SECRET_KEY = "tests"
 DEBUG = False
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # logging in is not what is tested
 CHATNEST["ALLOW_ANONYMOUS"] = True
+
+if django.VERSION >= (6, 1):  # before, there was one mailer
+    MAILERS = {"default": {"BACKEND": "django.core.mail.backends.locmem.EmailBackend"}}

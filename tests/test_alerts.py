@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import django
 import openai
 import pytest
 from django.core import mail
@@ -27,7 +28,7 @@ from chatnest.testing import SECRET, FakeUpstream, Reply
 
 from .bookkeeping import ask, do, used
 from .client import Client
-from .conftest import Configure, eventually, on_sqlite
+from .conftest import OPERATORS, Configure, eventually, on_sqlite
 from .test_fallback import second, two  # noqa: F401 - fixtures
 from .test_holds import a_task
 from .test_signals import Hear, hear  # noqa: F401 - a fixture
@@ -35,7 +36,7 @@ from .test_signals import Hear, hear  # noqa: F401 - a fixture
 
 @pytest.fixture(autouse=True)
 def _operators(settings: Any) -> Iterator[None]:
-    settings.ADMINS = [("Grace", "grace@example.com")]
+    settings.ADMINS = OPERATORS
     alerts._look_at.clear()
     mail.outbox.clear()
     yield
@@ -234,8 +235,11 @@ def test_a_mail_server_that_is_down_is_a_line_in_the_log(
     caplog: pytest.LogCaptureFixture,
     hear: Hear,  # noqa: F811
 ) -> None:
-    settings.EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
-    settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", 1
+    backend = "django.core.mail.backends.smtp.EmailBackend"
+    if django.VERSION >= (6, 1):
+        settings.MAILERS = {"default": {"BACKEND": backend, "OPTIONS": {"host": "127.0.0.1", "port": 1}}}
+    else:
+        settings.EMAIL_BACKEND, settings.EMAIL_HOST, settings.EMAIL_PORT = backend, "127.0.0.1", 1
     heard = hear(refused)
     upstream.replies(Reply.refuse(401), Reply("Hello"))
     assert client.chat().data("error")["code"] == "upstream_misconfigured"

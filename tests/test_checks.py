@@ -26,7 +26,7 @@ from chatnest.conf import settings as chatnest_settings
 from chatnest.ledger.batcher import batcher
 from chatnest.models import Profile
 
-from .conftest import Configure, EditProfile
+from .conftest import OPERATORS, Configure, EditProfile
 from .test_accounts import by_tenant
 
 
@@ -345,7 +345,7 @@ class SessionsInPostgres:
         return "postgres" if model.__name__ == "Session" else None
 
 
-def before_deploying(operators: Sequence[tuple[str, str]] = (("Grace", "grace@example.com"),)) -> list[str | None]:
+def before_deploying(operators: Sequence[Any] = OPERATORS) -> list[str | None]:
     with override_settings(ADMINS=list(operators)):
         messages = run_checks(include_deployment_checks=True)
     return [message.id for message in messages if (message.id or "").startswith("chatnest.")]
