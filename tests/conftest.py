@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from django.utils import timezone
 from hypothesis import settings as hypothesis_settings
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from chatnest import stream
 from chatnest.ledger.batcher import batcher
@@ -193,6 +193,13 @@ GENEROUS = {"HARD_CAPS": _CAPS, "SITE_DAILY_TOKEN_LIMIT": 10**12}
 def generous(configure: Configure, edit_profile: EditProfile) -> None:
     configure(**GENEROUS)
     edit_profile(**_CAPS)
+
+
+def close(context: BrowserContext) -> None:
+    """Once all is loaded: of a request that is cancelled, Django 6.1 leaves the static file open."""
+    for page in context.pages:
+        page.wait_for_load_state("networkidle")
+    context.close()
 
 
 def stalled(upstream: FakeUpstream, seconds: float) -> int:

@@ -30,7 +30,7 @@ from chatnest.models import (
 )
 
 from .client import Client
-from .conftest import on_sqlite
+from .conftest import close, on_sqlite
 
 pytestmark = on_sqlite
 
@@ -129,7 +129,7 @@ def visit(browser: Browser, client: Client, a_day: None) -> Iterator[Visit]:
 
     yield visit
     for context in contexts:
-        context.close()
+        close(context)
 
 
 @pytest.fixture

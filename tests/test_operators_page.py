@@ -16,7 +16,7 @@ from chatnest.models import Account, DailyUsage, Refusal, Reservation, UsageLine
 from chatnest.testing import FakeUpstream, Reply
 
 from .client import Client
-from .conftest import Configure, on_sqlite
+from .conftest import Configure, close, on_sqlite
 from .test_operators import hold
 
 pytestmark = on_sqlite
@@ -35,10 +35,12 @@ class OnCall:
 
     def start(self) -> None:
         """A new job: the Usage page, which is bookmarked."""
+        self.page.wait_for_load_state("networkidle")
         self.page.goto(self.address)
         self.clicks = 0
 
     def click(self, name: str, *, within: str = "main", role: str = "link", first: bool = False) -> None:
+        self.page.wait_for_load_state("load")
         found = self.page.locator(within).get_by_role(role, name=name, exact=True)  # type: ignore[arg-type]
         (found.first if first else found).click()
         self.clicks += 1
@@ -91,7 +93,7 @@ def page(browser: Browser, client: Client, site: None) -> Iterator[Page]:
     page.get_by_role("button", name="Log in").click()
     page.wait_for_url("**/admin/")
     yield page
-    context.close()
+    close(context)
 
 
 @pytest.fixture
@@ -234,4 +236,5 @@ def test_everybody_can_read_every_page(browser: Browser, page: Page, client: Cli
         assert found.violations_count == 0, f"{name}: {found.generate_report()}"
         width = looked.evaluate("document.documentElement.scrollWidth")
         assert width <= looked.viewport_size["width"], f"{name} is {width} px wide"
+        looked.wait_for_load_state("networkidle")
     context.close()
