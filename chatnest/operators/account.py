@@ -93,10 +93,15 @@ def _standing(
     )
 
 
+def _days() -> list[date]:
+    """Each by its name: an index of day and account finds them, and does not read what others did in a month."""
+    return [today() - timedelta(days=ago) for ago in reversed(range(DAYS))]
+
+
 def _month(account: str) -> Month:
-    days = [today() - timedelta(days=ago) for ago in reversed(range(DAYS))]
+    days = _days()
     alias = settings.DATABASE_ALIAS
-    span = {"account": account, "day__gte": days[0]}
+    span = {"account": account, "day__in": days}
     used = dict(DailyUsage.objects.using(alias).filter(**span).order_by().values_list("day", "tokens_used"))
     billed = F("tokens_reported") + F("tokens_counted") + F("tokens_held")
     sums = UsageLine.objects.using(alias).filter(**span).order_by()
@@ -110,5 +115,5 @@ def _answers(account: str) -> list[Reservation]:
     if account in SHARED:
         rows = rows.filter(payer__startswith="ip:") if account != SHARED[0] else rows
         return list(rows.order_by("-created_at")[:MOST_LISTED])
-    rows = rows.filter(payer=account, day__gte=today() - timedelta(days=DAYS))
+    rows = rows.filter(payer=account, day__in=_days())
     return list(rows.order_by("-day", "-created_at")[:MOST_LISTED])
