@@ -403,6 +403,24 @@ def test_each_permission_is_for_its_own_actions(database: str, permission: str, 
     assert set(re.findall(r'class="act act-(\w+)"', page)) == may
 
 
+def test_who_may_pause_accounts_cannot_stop_the_chat_by_pausing_the_site(database: str, operator: Browser) -> None:
+    browser = staff("view_usage", "pause_account")
+    assert do(browser, "pause", SITE).status_code == 403
+    assert do(browser, "resume", SITE).status_code == 403
+    assert 'class="act' not in browser.get(address("account", name=SITE)).content.decode()
+    page = operator.get(address("account", name=SITE)).content.decode()
+    assert 'class="act act-stop"' in page and "act-pause" not in page
+    assert not Account.objects.using(database).get(name=SITE).paused
+    assert "The chat is stopped for everybody." in told(do(operator, "pause", SITE))
+
+
+@pytest.mark.parametrize("query", [{"answer": "7"}, {"answer": str(uuid4())}, {"name": "user:1\0"}, {"name": ""}])
+def test_an_address_that_names_nothing_is_not_found(operator: Browser, database: str, query: dict[str, str]) -> None:
+    path = reverse("admin:chatnest_usage_do", args=["end"])
+    assert operator.get(path, query).status_code == 404
+    assert operator.get(address("account"), query).status_code == 404
+
+
 # One account, and the search.
 
 

@@ -21,8 +21,7 @@ from ..conf import now, settings, today
 from ..errors import Paused
 from ..ledger import Reset, Stop
 from ..models import Account, DailyUsage, Reservation
-from ..policy import Policy
-from .standing import pays_beside, reasons
+from .standing import daily_limit, pays_beside, reasons
 from .words import lasting, number, when
 
 
@@ -92,7 +91,7 @@ def limit_with(account: str, **changes: Any) -> int:
         setattr(row, field, value)
     if "extra_tokens" in changes:
         row.extra_day = today() if row.extra_tokens else None
-    return Policy.read([SITE, ANONYMOUS]).with_row(row).daily_limit(account).in_force
+    return daily_limit(row).in_force
 
 
 def row_of(account: str) -> Account:
@@ -107,9 +106,13 @@ def running(account: str) -> list[Reservation]:
 
 
 class Action:
-    """One thing that can be done, asked for on a page of its own."""
+    """One thing that can be done, asked for on a page of its own.
+
+    ``everywhere``: the action that does it to the site, which is for everybody and a permission of its own.
+    """
 
     permission: ClassVar[str]
+    everywhere: ClassVar[str] = ""
     title: ClassVar[str | Promise]
     button: ClassVar[str | Promise]
     form: ClassVar[type[ReasonForm]] = ReasonForm
@@ -125,7 +128,7 @@ class Action:
 
 
 class Pause(Action):
-    permission, is_grave = "pause_account", True
+    permission, everywhere, is_grave = "pause_account", "stop", True
     title, button = gettext_lazy("Pause %s"), gettext_lazy("Pause")
 
     def will(self, target: Target) -> list[str]:
@@ -152,7 +155,7 @@ class Pause(Action):
 
 
 class StopChat(Pause):
-    permission = "stop_chat"
+    permission, everywhere = "stop_chat", ""
     title, button = gettext_lazy("Stop the chat for everybody"), gettext_lazy("Stop the chat")
 
     def whom(self, target: Target) -> list[str]:
@@ -164,7 +167,7 @@ class StopChat(Pause):
 
 
 class Resume(Action):
-    permission = "pause_account"
+    permission, everywhere = "pause_account", "start"
     title, button = gettext_lazy("Let %s chat again"), gettext_lazy("Let it chat again")
 
     def will(self, target: Target) -> list[str]:
@@ -179,7 +182,7 @@ class Resume(Action):
 
 
 class StartChat(Resume):
-    permission = "stop_chat"
+    permission, everywhere = "stop_chat", ""
     title, button = gettext_lazy("Start the chat again"), gettext_lazy("Start the chat")
 
     def will(self, target: Target) -> list[str]:
@@ -219,7 +222,7 @@ class Grant(Action):
 
     def will(self, target: Target) -> list[str]:
         row = row_of(target.account)
-        limit = Policy.read([SITE, ANONYMOUS]).with_row(row).daily_limit(target.account)
+        limit = daily_limit(row)
         facts = {"limit": number(limit.in_force), "why": reasons(limit, row)}
         told = [_("Today's limit is %(limit)s tokens (%(why)s).") % facts]
         if extra := row.extra_on(today()):
@@ -280,6 +283,11 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "lower": Lower(),
     "end": EndAnswer(),
 }
+
+
+def meant(action: str, account: str) -> str:
+    """The name of the action that does it to this account."""
+    return (ACTIONS[action].everywhere if account == SITE else "") or action
 
 
 def save(account: str, **changes: Any) -> Account:

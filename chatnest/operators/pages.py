@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from datetime import datetime
+from functools import wraps
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -21,14 +22,14 @@ from django.utils.translation import gettext as _
 from django.views.decorators.http import require_GET, require_POST
 
 from .. import ledger
-from ..accounts import SITE, canonical, misnamed
+from ..accounts import SITE, canonical, is_name, misnamed
 from ..changes import acting
 from ..conf import moment, settings, today
 from ..models import Reservation, Usage
 from ..proofs import prove
 from ..reports import PERIODS, Period, csv_rows, find, people
 from . import account
-from .actions import ACTIONS, Action, Target
+from .actions import ACTIONS, Action, Target, meant
 from .charts import stacked
 from .costs import Bill, CompareForm
 from .facts import facts, refused_by_reason
@@ -65,14 +66,24 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             "prove": ("prove/", self.prove),
         }
         return [
-            path(route, _outside_transactions(self.admin_site.admin_view(view)), name=f"chatnest_usage_{name}")
+            path(
+                route, _outside_transactions(self.admin_site.admin_view(self.seen(view))), name=f"chatnest_usage_{name}"
+            )
             for name, (route, view) in pages.items()
         ]
 
+    def seen(self, view: View) -> View:
+        """By those who may, before anything is read."""
+
+        @wraps(view)
+        def checked(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
+            if not self.has_view_permission(request):
+                raise PermissionDenied
+            return view(request, **kwargs)
+
+        return checked
+
     def page(self, request: HttpRequest, template: str, **context: Any) -> TemplateResponse:
-        """Raises PermissionDenied."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
         may = {name for name, action in ACTIONS.items() if _may(request, action)}
         shared = {
             "opts": Usage._meta,
@@ -106,7 +117,7 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @method_decorator(require_GET)
     def account(self, request: HttpRequest) -> HttpResponse:
         name = canonical(request.GET.get("name", "").strip())
-        if not name:
+        if not is_name(name):
             raise Http404
         history = account.read(name)
         month = history.month
@@ -124,8 +135,6 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     @method_decorator(require_GET)
     def costs(self, request: HttpRequest) -> HttpResponse:
-        if not self.has_view_permission(request):
-            raise PermissionDenied
         period, problem = _period(request)
         bill, compare = Bill(period), CompareForm(request.GET if "invoice" in request.GET else None)
         invoice = compare.cleaned_data["invoice"] if compare.is_valid() else None
@@ -146,8 +155,6 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @method_decorator(require_GET)
     def csv(self, request: HttpRequest) -> HttpResponse:
         """For a bookkeeper: a line for each bill's line and day, or, with ``whole``, for the period."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
         period, _problem = _period(request)
         response = HttpResponse(content_type="text/csv; charset=utf-8")  # under ASGI Django would stream no sooner
         response["Content-Disposition"] = f'attachment; filename="chatnest-{period.first}-{period.last}.csv"'
@@ -157,8 +164,6 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @method_decorator(require_GET)
     def find(self, request: HttpRequest) -> HttpResponse:
         """An account's page, where one is meant; else those that may be."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
         typed = request.GET.get("q", "").strip()
         found = find(typed) if typed else []
         if len(found) == 1:
@@ -169,10 +174,10 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         """What it will change, and whether to; then it is done."""
         if action not in ACTIONS:
             raise Http404
-        asked = ACTIONS[action]
-        if not (self.has_view_permission(request) and _may(request, asked)):
-            raise PermissionDenied
         target = _target(request)
+        asked = ACTIONS[meant(action, target.account)]
+        if not _may(request, asked):
+            raise PermissionDenied
         form = asked.form(target, request.POST if request.method == "POST" else None)
         back = request.GET.get("next", "")
         if not url_has_allowed_host_and_scheme(back, {request.get_host()}, request.is_secure()):
@@ -198,8 +203,6 @@ class UsageAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @method_decorator(require_POST)
     def prove(self, request: HttpRequest) -> HttpResponse:
         """All sums, now."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
         with acting(request.user.get_username()):
             found = prove()
         if found:
@@ -260,9 +263,11 @@ def _target(request: HttpRequest) -> Target:
     if pk := request.GET.get("answer"):
         try:
             answer = Reservation.objects.using(settings.DATABASE_ALIAS).get(pk=pk)
-        except (Reservation.DoesNotExist, ValueError) as error:
+        except (Reservation.DoesNotExist, ValidationError) as error:
             raise Http404 from error
         account = answer.payer
+    if not is_name(account):
+        raise Http404
     person = people([account]).get(account)
     return Target(account, person.name if person else account, answer)
 

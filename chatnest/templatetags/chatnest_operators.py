@@ -14,7 +14,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
 from ..conf import aware
-from ..operators import charts, words
+from ..operators import actions, charts, words
 from ..reports import Person
 
 register = template.Library()
@@ -49,6 +49,7 @@ def account(people: Mapping[str, Person], name: str) -> SafeString:
 @register.simple_tag(takes_context=True)
 def action(context: Mapping[str, Any], what: str, label: str, name: str, answer: object = "") -> SafeString:
     """A link to the page that asks whether to do it; nothing for who may not."""
+    what = actions.meant(what, name)
     if what not in context["may"]:
         return SafeString("")
     request: HttpRequest = context["request"]
