@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
+from . import logs
 from .conf import provider
 
 try:
@@ -31,24 +32,16 @@ _TOKENS: Final = [4**power for power in range(14)]
 _SECONDS: Final = [0.01 * 2**power for power in range(14)]
 
 
-class Held(Protocol):
+class Held(logs.Held, Protocol):
     """The ledger's Hold."""
 
-    @property
-    def provider(self) -> str: ...
-    @property
-    def model(self) -> str: ...
     @property
     def output_tokens(self) -> int: ...
 
 
-class Settled(Protocol):
+class Settled(logs.Settled, Protocol):
     """The ledger's Settle."""
 
-    @property
-    def hold(self) -> Held: ...
-    @property
-    def outcome(self) -> str: ...
     @property
     def prompt_tokens(self) -> int: ...
     @property
@@ -121,7 +114,7 @@ def _outcome(settle: Settled, finish_reason: str | None, first_token: float | No
     return told
 
 
-def _described(hold: Held) -> dict[str, Any]:
+def _described(hold: logs.Held) -> dict[str, Any]:
     """Who is asked for what. A provider that is not OpenAI's own is called as the settings call it."""
     asked = provider(hold.provider)
     told: dict[str, Any] = {

@@ -17,10 +17,11 @@ from django.utils.translation import gettext_lazy, pgettext
 
 from ..accounts import SHARED, SITE
 from ..models import Account
+from ..operators.standing import daily_limit
 from ..policy import Policy
 from ..reports import people
 from .columns import EMPTY, Column, columns
-from .naming import AccountForm, daily_limit, in_force
+from .naming import AccountForm, in_force
 from .pages import List, Page
 from .pausing import confirmed
 

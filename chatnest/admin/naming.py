@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import date
 from typing import Any, cast
 
 from django import forms
@@ -17,7 +16,7 @@ from django.utils.translation import gettext_lazy
 from ..accounts import SHARED, canonical, misnamed, normal_address, user_named
 from ..conf import today
 from ..models import Account
-from ..operators.standing import money_of
+from ..operators.standing import daily_limit, decided, given, money_of
 from ..operators.words import money, number
 from ..policy import DailyLimit, Policy
 from ..prices import MILLION
@@ -53,8 +52,9 @@ class AccountForm(forms.ModelForm):
         refuse_a_longer_day(self)
         row = Account(**{"name": self.instance.name, **typed, "id": None})
         row.name = canonical(row.name)
-        self._refuse_money_without_effect(row)
-        limit = daily_limit(row)
+        policy = Policy.read(SHARED)
+        self._refuse_money_without_effect(row, policy)
+        limit = daily_limit(row, policy=policy)
         lowered, extra, day = row.daily_token_limit, row.extra_tokens, row.extra_day or today()
         if "daily_token_limit" in self.changed_data and lowered is not None and lowered > limit.given:
             self.add_error("daily_token_limit", _("This would change nothing: %s.") % given(limit))
@@ -63,12 +63,12 @@ class AccountForm(forms.ModelForm):
         if day < today():
             self.add_error("extra_day", _("This day is over."))
         row.extra_day = day
-        if daily_limit(row, day) == daily_limit(Account(name=row.name, profile=row.profile, daily_token_limit=lowered)):
+        without = Account(name=row.name, profile=row.profile, daily_token_limit=lowered)
+        if daily_limit(row, day, policy) == daily_limit(without, policy=policy):
             self.add_error("extra_tokens", _("This would change nothing: %s, and no more may be.") % given(limit))
         return typed
 
-    def _refuse_money_without_effect(self, row: Account) -> None:
-        policy = Policy.read(SHARED)
+    def _refuse_money_without_effect(self, row: Account, policy: Policy) -> None:
         for name, period in (("daily_money_limit", "daily"), ("monthly_money_limit", "monthly")):
             typed = getattr(row, name)
             if name not in self.changed_data or typed is None:
@@ -103,22 +103,8 @@ def completed(text: str) -> str:
     return f"user:{user.pk}" if user else name
 
 
-def daily_limit(row: Account, day: date | None = None, policy: Policy | None = None) -> DailyLimit:
-    """What is in force with this row, saved or not."""
-    return (policy or Policy.read(SHARED)).with_row(row).daily_limit(row.name, day)
-
-
-def given(limit: DailyLimit) -> str:
-    return _("%(tokens)s by %(source)s") % {"tokens": number(limit.given), "source": limit.source or _("no profile")}
-
-
 def in_force(row: Account, limit: DailyLimit) -> str:
     """How many tokens today, and why."""
     if limit.paused:
         return _("none: %s is paused") % limit.paused
-    reasons = [given(limit)]
-    if row.daily_token_limit is not None and row.daily_token_limit < limit.given:
-        reasons.append(_("lowered to %s") % number(row.daily_token_limit))
-    if extra := row.extra_on(today()):
-        reasons.append(_("%s more today") % number(extra))
-    return f"{number(limit.in_force)} ({', '.join(reasons)})"
+    return f"{number(limit.in_force)} ({', '.join([given(limit), *decided(limit, row)])})"

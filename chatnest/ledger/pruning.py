@@ -68,9 +68,9 @@ def prune(before: date, *, dry_run: bool = False, progress: Progress | None = No
         delete("reservations", settled, _fold(day, settled, "accounts", "tokens_charged", "cost"))
         delete("adjustments", adjustments, _fold(day, adjustments, "account", "tokens", "cost"))
     windows = all_rows(RateWindow, day__lt=before).filter(_passed())
-    delete("rate_windows", windows, _delete(windows))
+    delete("rate_windows", windows, delete_batches(windows))
     unused = all_rows(DailyUsage, day__lt=before, **dict.fromkeys(PROVEN, 0))
-    delete("usage_rows", unused, _delete(unused.order_by("day", "account")))
+    delete("usage_rows", unused, delete_batches(unused.order_by("day", "account")))
     return Pruned(**deleted, skipped=tuple(skipped))
 
 
@@ -116,7 +116,7 @@ def _fold_batch(day: date, accounts: set[str], rows: QuerySet[Any], columns: tup
     return number
 
 
-def _delete(rows: QuerySet[Any]) -> Iterator[int]:
+def delete_batches(rows: QuerySet[Any]) -> Iterator[int]:
     """Yields how many, after each transaction, which locks them in the order of ``rows``."""
 
     @retried

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import date
-from typing import Self
+from typing import Final, Self
 
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils.text import format_lazy
 from django.utils.translation import gettext_lazy as _
 
@@ -99,10 +99,13 @@ class RateWindow(models.Model):
         return f"{self.account}, {self.window_start:%H:%M:%S}"
 
 
+BILLED: Final = F("tokens_reported") + F("tokens_counted") + F("tokens_held")
+
+
 class UsageLine(models.Model):
     """One line of an account's bill for a day: what one model was paid for one profile and label. Kept for ever.
 
-    ``tokens_reported`` + ``tokens_counted`` + ``tokens_held`` are what was billed; what was forgiven is in it too.
+    What was billed is BILLED; what was forgiven is in it too.
     """
 
     day = models.DateField(_("day"))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Final
 
-from django.db.models import F, Sum
+from django.db.models import Sum
 
 from ..accounts import SHARED
 from ..conf import settings, today
 from ..errors import DailyBudgetExceeded, MonthlyBudgetExceeded
 from ..models import Account, Adjustment, Change, DailyUsage, Refusal, Reservation, UsageLine
+from ..models.usage import BILLED
 from ..policy import Policy, read_profiles
 from .actions import running
 from .standing import Standing, money_of, month_costs, pays_beside
@@ -103,9 +104,8 @@ def _month(account: str) -> Month:
     alias = settings.DATABASE_ALIAS
     span = {"account": account, "day__in": days}
     used = dict(DailyUsage.objects.using(alias).filter(**span).order_by().values_list("day", "tokens_used"))
-    billed = F("tokens_reported") + F("tokens_counted") + F("tokens_held")
     sums = UsageLine.objects.using(alias).filter(**span).order_by()
-    owed = sums.aggregate(billed=Sum(billed, default=0), cost=Sum("cost", default=0), none=Sum("unpriced", default=0))
+    owed = sums.aggregate(billed=Sum(BILLED, default=0), cost=Sum("cost", default=0), none=Sum("unpriced", default=0))
     return Month(days, used, owed["billed"], owed["cost"], owed["none"])
 
 

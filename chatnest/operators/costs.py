@@ -13,6 +13,7 @@ from typing import Final
 from django import forms
 from django.utils.translation import gettext_lazy as _
 
+from ..prices import MILLION
 from ..reports import Figures, Period, Person, by, by_day_and_model, estimate, people, totals
 from .charts import Chart, stacked
 from .words import money, number
@@ -31,7 +32,7 @@ class CompareForm(forms.Form):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """In millionths. ``unsure``: of ours, what was counted or held, and may be less on the invoice."""
+    """In millionths."""
 
     invoice: int
     ours: int
@@ -46,7 +47,7 @@ class Comparison:
 
 
 class Bill:
-    """Read in eight queries, of a month that is not over three more."""
+    """Read in nine queries, of a month that is not over three more."""
 
     def __init__(self, period: Period) -> None:
         self.period = period
@@ -58,7 +59,7 @@ class Bill:
         self.estimate = estimate(period.last) if period.name == "month" else None
         self.people: Mapping[str, Person] = people([str(row.key) for row in self.accounts])
 
-    @property
+    @cached_property
     def has_prices(self) -> bool:
         return any(line.cost for line in self._lines)
 
@@ -91,4 +92,4 @@ class Bill:
         return [(str(name), tokens, tokens / (self.total.billed or 1)) for name, tokens in parts.items()]
 
     def compared(self, invoice: Decimal) -> Comparison:
-        return Comparison(int(invoice * 1_000_000), self.total.priced)
+        return Comparison(int(invoice * MILLION), self.total.priced)

@@ -18,6 +18,7 @@ from ..accounts import SHARED, SITE
 from ..conf import now, settings, today
 from ..errors import DailyBudgetExceeded, MonthlyBudgetExceeded, UpstreamMisconfigured
 from ..models import Account, Change, DailyUsage, Refusal, Reservation, UsageLine
+from ..models.usage import BILLED
 from ..policy import Policy, read_profiles
 from ..reports import Person, people
 from . import traffic
@@ -157,12 +158,11 @@ def _belongs(one: Standing, who: str) -> bool:
 def _usage(day: Any, names: Sequence[str]) -> QuerySet[DailyUsage]:
     """The day's rows of the shared accounts, of ``names``, and of those that used most; what was billed of each."""
     lines = UsageLine.objects.using(settings.DATABASE_ALIAS).filter(account=OuterRef("account"), day=day).order_by()
-    billed = F("tokens_reported") + F("tokens_counted") + F("tokens_held")
     first = Case(When(account__in=[*SHARED, *names], then=Value(0)), default=Value(1))
     return (
         DailyUsage.objects.using(settings.DATABASE_ALIAS)
         .filter(day=day)
-        .annotate(billed=Subquery(lines.values("account").annotate(sum=Sum(billed)).values("sum")))
+        .annotate(billed=Subquery(lines.values("account").annotate(sum=Sum(BILLED)).values("sum")))
         .order_by(first, -(F("tokens_used") + F("tokens_reserved")), "account")[
             : len(SHARED) + len(names) + MOST_ACCOUNTS
         ]

@@ -158,20 +158,35 @@ def money_of(policy: Policy, account: str) -> MoneyLimits:
     return policy.money(account, profile)
 
 
-def reasons(limit: DailyLimit, row: Account | None, day: date | None = None) -> str:
+def daily_limit(row: Account, day: date | None = None, policy: Policy | None = None) -> DailyLimit:
+    """What is in force with this row, saved or not."""
+    return (policy or Policy.read(SHARED)).with_row(row).daily_limit(row.name, day)
+
+
+def given(limit: DailyLimit) -> str:
+    return _("%(tokens)s by %(source)s") % {"tokens": number(limit.given), "source": limit.source or _("no profile")}
+
+
+def decided(limit: DailyLimit, row: Account) -> list[str]:
+    """What its row makes of that today."""
+    told = []
+    if row.daily_token_limit is not None and row.daily_token_limit < limit.given:
+        told.append(_("lowered to %s") % number(row.daily_token_limit))
+    if extra := row.extra_on(today()):
+        told.append(_("%s more today") % number(extra))
+    return told
+
+
+def reasons(limit: DailyLimit, row: Account | None) -> str:
     """Why this limit is in force."""
-    told = [_("%(tokens)s by %(source)s") % {"tokens": number(limit.given), "source": limit.source or _("no profile")}]
+    told = [given(limit)]
     if row:
-        if row.profile:
-            told.append(_("profile forced"))
-        if row.daily_token_limit is not None and row.daily_token_limit < limit.given:
-            told.append(_("lowered to %s") % number(row.daily_token_limit))
+        told += [_("profile forced")] * bool(row.profile)
+        told += decided(limit, row)
         lowered = limit.given if row.daily_token_limit is None else min(limit.given, row.daily_token_limit)
-        if extra := row.extra_on(day or today()):
-            told.append(_("%s more today") % number(extra))
-            if limit.in_force < lowered + extra:
-                told.append(_("capped by the code"))
-    return ", ".join(map(str, told))
+        extra = row.extra_on(today())
+        told += [_("capped by the code")] * bool(extra and limit.in_force < lowered + extra)
+    return ", ".join(told)
 
 
 def pays_beside(account: str) -> list[str]:

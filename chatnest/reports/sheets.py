@@ -59,7 +59,7 @@ def money(millionths: int) -> str:
 
 
 def currency() -> str:
-    return str(getattr(settings, "CURRENCY", "USD"))
+    return str(settings.CURRENCY)
 
 
 def safe(cell: object) -> object:

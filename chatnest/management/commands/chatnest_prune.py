@@ -47,8 +47,8 @@ def prune_refusals(before: date, *, dry_run: bool, progress: Progress | None) ->
     if dry_run:
         return rows.count()
     deleted = 0
-    while batch := list(rows.values_list("pk", flat=True)[: pruning.BATCH]):
-        deleted += rows.filter(pk__in=batch).delete()[0]
+    for number in pruning.delete_batches(rows):
+        deleted += number
         if progress:
             progress(count(deleted, "refusal"))
     return deleted
